@@ -1,0 +1,45 @@
+"""Exact averaging of gradients: the reference that the other methods are compared with."""
+# N ranks, w weight of a rank's step, W = Σ w, s = N·w/W
+
+import torch
+
+from teacherstudent.distributed.communicators import Communicator
+from teacherstudent.distributed.flat import Bucket
+from teacherstudent.distributed.optimizers import DistributedOptimizer, scale_of, set_gradient
+
+
+class ExactAveraging(DistributedOptimizer):
+    """Every step applies the weighted mean gradient Σ w·g / W, exchanged whole: one flat buffer, one all-reduce.
+
+    Under the ordered reduction (the default off NCCL) the update has the same bits on every transport. A parameter
+    without a gradient on any rank is left to the inner optimiser as it is; on some ranks only, it counts as zero.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, comm: Communicator, *, initial_weights: str = "broadcast"
+    ) -> None:
+        super().__init__(optimizer, comm, {}, [], initial_weights)
+
+    def _take_step(self, weight: int) -> None:
+        self._counters["steps"] += 1
+        agreed = self._agree(weight)
+        if agreed is None:
+            return
+        if self.comm.size > 1:
+            share = scale_of(weight, agreed.total_weight, self.comm.size)
+            for bucket in self._buckets:
+                self._average(bucket, share, agreed.present)
+        self.inner.step()
+
+    def _average(self, bucket: Bucket, share: float, present: list[bool]) -> None:
+        flat = bucket.new_zeros()
+        if share:
+            for piece in bucket.pieces:
+                if piece.parameter.grad is not None:
+                    torch.mul(piece.parameter.grad, share, out=piece.of(flat))
+        with self._exchanging():
+            self.comm.all_reduce(flat)
+        flat.div_(self.comm.size)
+        for piece in bucket.pieces:
+            if present[piece.index]:
+                set_gradient(piece.parameter, piece.of(flat))

@@ -1,0 +1,301 @@
+"""What the distributed optimisers share: wrapping a torch optimiser, agreeing on a step, skipping together."""
+
+import contextlib
+import operator
+import sys
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teacherstudent.distributed.communicators import Communicator
+from teacherstudent.distributed.flat import all_pieces, describe, hash_parameters, make_buckets
+
+INITIAL_WEIGHTS = ("broadcast", "check")
+# Where state_dict() keeps what the inner optimiser knows nothing of.
+STATE_KEY = "distributed"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step that is taken."""
+
+    total_weight: int  # W
+    present: list[bool]  # for each parameter, whether any rank has a gradient
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """A torch optimiser that trains together with the other ranks of `comm`.
+
+    It wraps the caller's optimiser and shares its `param_groups` and `state`, so that schedulers, hooks and
+    GradScaler work on it as on any other. Learning rates may change between any two steps.
+
+    The constructor is collective. It compares settings, shapes and dtypes between the ranks, and makes the initial
+    weights equal (initial_weights="broadcast", from rank 0) or demands that they are ("check"); the weights are
+    verified by hash either way. What is wrong on any rank is a ValueError on every rank.
+    """
+
+    # GradScaler then always calls step() and leaves unscaling and skipping to it: had one rank alone skipped, the
+    # others would wait for it.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        comm: Communicator,
+        settings: Mapping[str, object],
+        problems: list[str],
+        initial_weights: str,
+    ) -> None:
+        self._constructed = False
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+        self.comm = comm
+        self._share()
+        self._buckets = make_buckets(inner.param_groups)
+        self._num_parameters = sum(1 for _ in all_pieces(self._buckets))
+        self._counters: dict[str, float] = dict.fromkeys(
+            ("steps", "skipped_nonfinite", "skipped_empty", "bytes_sent", "seconds_in_exchange"), 0
+        )
+        if not any(bucket.num_elements for bucket in self._buckets):
+            problems = [*problems, "the optimizer has no parameter that requires a gradient"]
+        if initial_weights not in INITIAL_WEIGHTS:
+            problems = [*problems, f"initial_weights is {initial_weights!r}; choose one of {INITIAL_WEIGHTS}"]
+        with self._exchanging():
+            self._compare_ranks(settings, problems)
+            self._equalise_weights(initial_weights)
+        self._constructed = True
+
+    # ---- surface ------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None, *, weight: int = 1) -> Any:
+        """Take one step together with all other ranks.
+
+        weight  how much data this rank's gradient is the mean of, such as its number of frames: an integer ≥ 0.
+                0 takes part and adds nothing. Where all ranks give 0 nothing is updated.
+
+        A gradient that is not finite on any rank makes all ranks skip the step; metrics() counts it. Under a
+        GradScaler the gradients are unscaled here, and it is told what all ranks found, so that scales stay equal.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        weight = check_weight(weight)
+        if self.param_groups is not self.inner.param_groups:
+            raise RuntimeError("a state was loaded into the inner optimizer; load it into this one instead")
+        with torch.no_grad():
+            self._unscale()
+            self._take_step(weight)
+        return loss
+
+    def synchronize(self) -> None:
+        """Bring all ranks to the common model. Collective; nothing to do unless a subclass says otherwise."""
+
+    @contextlib.contextmanager
+    def global_weights(self) -> Iterator[None]:
+        """Inside the `with` block the model holds the weights to evaluate and export."""
+        yield
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since construction: steps, skipped steps, bytes sent, seconds in exchange."""
+        return dict(self._counters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimiser's state_dict, and under "distributed" all that is hidden. Every rank has its own.
+
+        As in torch the tensors are the live ones: save them, or copy them, before the next step.
+        """
+        hidden = {
+            "kind": type(self).__name__,
+            "size": self.comm.size,
+            "rank": self.comm.rank,
+            "counters": dict(self._counters),
+            **self._hidden_state(),
+        }
+        return {**self.inner.state_dict(), STATE_KEY: hidden}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the state_dict of the same rank."""
+        hidden = state_dict.get(STATE_KEY, {})
+        if hidden.get("kind") != type(self).__name__:
+            raise ValueError(
+                f"this state was saved by {hidden.get('kind', 'a plain optimizer')}, not by {type(self).__name__}; "
+                "load it into the optimizer it came from"
+            )
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+        self._share()
+        self._load_hidden_state(hidden)
+        self._counters = dict(hidden["counters"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._constructed:
+            raise ValueError(
+                f"{type(self).__name__} lays its parameters out once; add the group to the inner optimizer first"
+            )
+        super().add_param_group(param_group)
+
+    # ---- what a method provides -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _take_step(self, weight: int) -> None:
+        """One step with the gradients at hand, already unscaled."""
+
+    def _hidden_state(self) -> dict[str, Any]:
+        return {}
+
+    def _load_hidden_state(self, hidden: dict[str, Any]) -> None:
+        return None
+
+    def _largest_factor(self) -> float:
+        """What a gradient may be multiplied with: a rank that has all the weight has the share N."""
+        return self.comm.size
+
+    # ---- shared parts -----------------------------------------------------------------------------------------
+
+    def _agree(self, weight: int) -> "Agreement | None":
+        """What all ranks bring to this step, by one small integer all-reduce. None: all of them skip it."""
+        present = [weight > 0 and piece.parameter.grad is not None for piece in all_pieces(self._buckets)]
+        nonfinite = weight > 0 and not self._gradients_are_finite()
+        facts = torch.tensor([weight, int(nonfinite), present.count(False)])
+        with self._exchanging():
+            self.comm.all_reduce(facts)
+            total, num_nonfinite, num_absent = facts.tolist()
+            if num_absent and total and not num_nonfinite:
+                anywhere = self.comm.all_reduce(torch.tensor(present, dtype=torch.int64))
+                present = [count > 0 for count in anywhere.tolist()]
+        if num_nonfinite:
+            self._counters["skipped_nonfinite"] += 1
+            self._tell_scaler()
+            return None
+        if not total:
+            self._counters["skipped_empty"] += 1
+            return None
+        return Agreement(total, present)
+
+    def _gradients_are_finite(self) -> bool:
+        """Whether every gradient, times the largest factor it can meet, is finite."""
+        for bucket in self._buckets:
+            grads = [piece.parameter.grad for piece in bucket.pieces if piece.parameter.grad is not None]
+            grads = [grad for grad in grads if grad.numel()]
+            if not grads:
+                continue
+            largest = max_magnitude(grads)
+            if not largest * self._largest_factor() <= torch.finfo(bucket.dtype).max:
+                return False
+        return True
+
+    def _unscale(self) -> None:
+        scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step()
+        if scale is None:
+            return
+        for piece in all_pieces(self._buckets):
+            if piece.parameter.grad is not None:
+                piece.parameter.grad.div_(scale.to(piece.parameter.device))
+
+    def _tell_scaler(self) -> None:
+        """Let the GradScaler that called step() lower its scale, also on ranks that saw no Inf themselves.
+
+        It gives the optimiser a copy of what it found, and no other way back than through the stack.
+        """
+        frame = sys._getframe() if hasattr(self, "found_inf") else None
+        while frame is not None:
+            scaler = frame.f_locals.get("self")
+            if isinstance(scaler, torch.amp.GradScaler):
+                for found_inf in scaler._found_inf_per_device(self).values():
+                    found_inf.fill_(1.0)
+                return
+            frame = frame.f_back
+
+    @contextlib.contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """Counts the bytes and seconds of what is exchanged inside."""
+        bytes_before, start = self.comm.bytes_sent, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._counters["bytes_sent"] += self.comm.bytes_sent - bytes_before
+            self._counters["seconds_in_exchange"] += time.perf_counter() - start
+
+    def _share(self) -> None:
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+        self.defaults = self.inner.defaults
+
+    def _compare_ranks(self, settings: Mapping[str, object], problems: list[str]) -> None:
+        found = gather_texts(self.comm, "; ".join(problems))
+        if any(found):
+            raise ValueError("; ".join(dict.fromkeys(_with_rank(found))))
+        own = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+        for what, text in (("settings", own), ("parameters", describe(self._buckets))):
+            texts = gather_texts(self.comm, text)
+            differing = [rank for rank, other in enumerate(texts) if other != texts[0]]
+            if differing:
+                raise ValueError(
+                    f"the {what} differ between ranks: rank 0 has {texts[0]}, rank {differing[0]} has "
+                    f"{texts[differing[0]]}; build the same model and optimizer on every rank"
+                )
+
+    def _equalise_weights(self, initial_weights: str) -> None:
+        if initial_weights == "broadcast":
+            for bucket in self._buckets:
+                bucket.write_parameters(self.comm.broadcast(bucket.read_parameters(), root=0))
+        hashes = gather_texts(self.comm, hash_parameters(self._buckets))
+        differing = [rank for rank, other in enumerate(hashes) if other != hashes[0]]
+        if differing:
+            raise ValueError(
+                f"the initial weights of rank {', '.join(map(str, differing))} differ from those of rank 0; build the "
+                "model from the same seed or checkpoint on every rank, or use initial_weights='broadcast'"
+            )
+
+
+def check_weight(weight: Any) -> int:
+    try:
+        number = operator.index(weight)
+    except TypeError:
+        raise ValueError(f"weight is {weight!r}; give an integer ≥ 0, such as the number of frames") from None
+    if number < 0:
+        raise ValueError(f"weight is {number}; give an integer ≥ 0, such as the number of frames")
+    return number
+
+
+def max_magnitude(tensors: list[Tensor]) -> float:
+    """The largest absolute value of tensors on one device, NaN where there is one."""
+    extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
+    return float(torch.stack(extremes).abs().max())
+
+
+def scale_of(weight: int, total: int, size: int) -> float:
+    """s = N·w/W: this rank's share of the mean, 1 when all weights are equal."""
+    return size * weight / total
+
+
+def set_gradient(parameter: Tensor, value: Tensor) -> None:
+    """Write `value` into the gradient in place, where there is one."""
+    if parameter.grad is None:
+        parameter.grad = value.to(parameter.dtype, copy=True)
+    else:
+        parameter.grad.copy_(value)
+
+
+def gather_texts(comm: Communicator, text: str) -> list[str]:
+    """Every rank's text, in rank order."""
+    encoded = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+    return [bytes(part.numpy()).decode()[:-1] for part in comm.all_gather(encoded)]
+
+
+def gather_integers(comm: Communicator, row: list[int]) -> list[list[int]]:
+    """Every rank's row of integers, in rank order, by one all-reduce."""
+    table = torch.zeros(comm.size, len(row), dtype=torch.int64)
+    table[comm.rank] = torch.tensor(row)
+    return comm.all_reduce(table).tolist()
+
+
+def _with_rank(found: list[str]) -> list[str]:
+    if all(text == found[0] for text in found):
+        return found[:1]
+    return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]

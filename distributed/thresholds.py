@@ -1,0 +1,103 @@
+"""Thresholds of gradient threshold compression: which values they may take, and holding a density.
+
+A threshold is m·2^e with an integer 8 ≤ m < 16, so that r − τ is exact in float32 while |r| < 2²⁰·τ, and a count
+times τ is exact too. These values are numbered by `level`, eight to every power of two.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+LEVELS_PER_OCTAVE = 8
+MEAN_DENSITY_STEPS = 50
+
+
+def threshold_at(level: int) -> float:
+    """m·2^e of a level."""
+    octave, step = divmod(level, LEVELS_PER_OCTAVE)
+    return math.ldexp(8 + step, octave)
+
+
+def nearest_level(value: float) -> int:
+    """The level whose threshold is nearest to a positive `value`."""
+    exponent = math.frexp(value)[1] - 4  # value / 2^exponent lies in [8, 16)
+    return exponent * LEVELS_PER_OCTAVE + round(math.ldexp(value, -exponent)) - 8
+
+
+class FixedThreshold:
+    """The same threshold for the whole training."""
+
+    def __init__(self, level: int) -> None:
+        self.level: int | None = level
+
+    def update(self, density: float) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.level = state["level"]
+
+
+class DensityController:
+    """Moves the level so that the share of elements sent stays near a target.
+
+    It sees only densities over all ranks, which every rank reads from the same messages, so that all ranks move
+    alike. Raising the threshold silences elements for a while; lowering it releases at once all those that wait
+    between the two thresholds, hence the smaller steps down. Where gradients are mostly noise the density goes as
+    1/τ², which makes GAIN levels per octave of density a cautious half of what would be needed.
+    """
+
+    MEMORY_STEPS = 10
+    PATIENCE_STEPS = 4
+    TOLERANCE = 1.1
+    GAIN = 2.0
+    MAX_LEVELS_UP = 8
+    MAX_LEVELS_DOWN = 2
+    LOWEST_DENSITY = 1e-9
+
+    def __init__(self, density: float) -> None:
+        self.level: int | None = None  # until the first gradients have been seen
+        self._target = density
+        self._smoothed = density
+        self._steps_since_move = 0
+
+    def update(self, density: float) -> None:
+        """Take note of the density of the step just made, and choose the level of the next one."""
+        assert self.level is not None
+        self._smoothed += (density - self._smoothed) / self.MEMORY_STEPS
+        self._steps_since_move += 1
+        if self._steps_since_move < self.PATIENCE_STEPS:
+            return
+        octaves = math.log2(max(self._smoothed, self.LOWEST_DENSITY) / self._target)
+        if abs(octaves) <= math.log2(self.TOLERANCE):
+            return
+        if octaves > 0:
+            self.level += min(self.MAX_LEVELS_UP, max(1, round(self.GAIN * octaves)))
+        else:
+            self.level -= min(self.MAX_LEVELS_DOWN, max(1, round(-self.GAIN * octaves / 2)))
+        self._steps_since_move = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"level": self.level, "smoothed": self._smoothed, "steps_since_move": self._steps_since_move}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.level = state["level"]
+        self._smoothed = state["smoothed"]
+        self._steps_since_move = state["steps_since_move"]
+
+
+class MeanDensity:
+    """The mean over the last steps."""
+
+    def __init__(self, densities: Sequence[float] = ()) -> None:
+        self.densities = deque(densities, maxlen=MEAN_DENSITY_STEPS)
+
+    def add(self, density: float) -> None:
+        self.densities.append(density)
+
+    @property
+    def value(self) -> float:
+        return sum(self.densities) / len(self.densities) if self.densities else 0.0

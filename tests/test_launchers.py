@@ -1,0 +1,111 @@
+"""Real processes under real launchers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from workers.training import METHODS, train
+
+from teacherstudent.distributed import in_process
+
+ROOT = Path(__file__).parent.parent
+WORKERS = ROOT / "tests" / "workers"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+MPIRUN = [
+    os.path.join(os.path.dirname(sys.executable), "mpirun"),
+    "-n",
+    "2",
+    "--oversubscribe",
+    "--bind-to",
+    "none",
+]
+
+needs_mpi = pytest.mark.skipif(not os.path.exists(MPIRUN[0]), reason="mpirun is not beside this Python")
+launchers = pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=needs_mpi)])
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def launch(
+    launcher: str, *script: str | Path, timeout_seconds: float = 100
+) -> subprocess.CompletedProcess[str]:
+    """Two workers. A launch that hangs is a test that fails."""
+    command = TORCHRUN if launcher == "torchrun" else [*MPIRUN, sys.executable]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))
+    }
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if os.getuid() == 0:
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return subprocess.run(
+        [*command, *map(str, script)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=timeout_seconds,
+    )
+
+
+@pytest.fixture(scope="module")
+def in_process_hashes() -> dict[str, str]:
+    both = {method: in_process(2, lambda comm, method=method: train(comm, method)) for method in METHODS}
+    assert all(hashes[0] == hashes[1] for hashes in both.values())
+    assert len({hashes[0] for hashes in both.values()}) == len(METHODS)
+    return {method: hashes[0] for method, hashes in both.items()}
+
+
+@launchers
+def test_every_method_gives_the_same_bits_as_in_process(
+    launcher: str, in_process_hashes: dict[str, str]
+) -> None:
+    done = launch(launcher, WORKERS / "training.py")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == in_process_hashes
+
+
+@launchers
+def test_collectives_work_on_real_processes(launcher: str) -> None:
+    done = launch(launcher, WORKERS / "collectives.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("collectives agree") == 2
+
+
+@launchers
+@pytest.mark.parametrize("example", ["01_gtc.py", "02_bmuf.py"])
+def test_the_examples_train_on_two_workers(launcher: str, example: str) -> None:
+    done = launch(launcher, ROOT / "examples" / example)
+    assert done.returncode == 0, done.stderr
+    assert "2 worker(s)" in done.stdout
+    losses = [float(line.split()[3]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert losses[-1] < min(0.35, 0.6 * losses[0])
+
+
+@pytest.mark.parametrize("example", ["01_gtc.py", "02_bmuf.py"])
+def test_the_examples_run_alone(example: str) -> None:
+    script = ROOT / "examples" / example
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 worker(s)" in done.stdout
+    assert len(script.read_text().splitlines()) <= 60
+
+
+@launchers
+@pytest.mark.parametrize("way", ["raise", "exit", "kill"])
+def test_a_worker_that_dies_makes_the_launch_fail(launcher: str, way: str) -> None:
+    done = launch(launcher, WORKERS / "failing.py", way, timeout_seconds=60)
+    assert done.returncode != 0
+    if way == "raise":
+        assert "this rank has a problem of its own" in done.stderr
+
+
+@launchers
+def test_a_worker_that_never_comes_is_named_and_the_launch_fails(launcher: str) -> None:
+    done = launch(launcher, WORKERS / "failing.py", "late", timeout_seconds=60)
+    assert done.returncode != 0
+    assert "rank 0 waited for rank 1 until the deadline passed" in done.stderr

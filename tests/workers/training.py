@@ -1,0 +1,72 @@
+"""Trains a small network by every method; prints a hash of the weights of all steps for each.
+
+Run in process by the tests, and as a program under a launcher: the hashes must be the same.
+"""
+
+import hashlib
+import json
+
+import torch
+from torch.nn import functional
+
+from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, connect
+
+METHODS = ("exact", "gtc", "gtc_dense", "bmuf", "bmuf_classical")
+NUM_STEPS = 40
+
+
+def make_optimizer(method: str, inner: torch.optim.Optimizer, comm: Communicator) -> torch.optim.Optimizer:
+    if method == "exact":
+        return ExactAveraging(inner, comm)
+    if method.startswith("gtc"):
+        return GTC(inner, comm, density=0.5 if method == "gtc_dense" else 0.02)
+    return BMUF(inner, comm, block_steps=7, nesterov=method == "bmuf")
+
+
+def hash_weights(model: torch.nn.Module) -> bytes:
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def train(comm: Communicator, method: str) -> str:
+    """A hash over the weights after each step; checks that all ranks have the same weights where they should."""
+    model = torch.nn.Sequential(torch.nn.Linear(20, 60), torch.nn.Tanh(), torch.nn.Linear(60, 5))
+    start = torch.Generator().manual_seed(comm.rank)  # rank 0's weights are the ones that count
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=start)
+    inner = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
+    optimizer = make_optimizer(method, inner, comm)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.98**step * (3 if step % 5 == 0 else 1)
+    )
+    generator = torch.Generator().manual_seed(100 + comm.rank)
+    hidden = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
+    history = hashlib.sha256()
+    for step in range(NUM_STEPS):
+        weight = (step + 3 * comm.rank) % 6  # 0 now and then, on different ranks
+        inputs = torch.randn(8, 20, generator=generator)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(inputs), (inputs @ hidden).argmax(dim=1)).backward()
+        optimizer.step(weight=weight)
+        schedule.step()
+        with optimizer.global_weights():
+            common = hash_weights(model)
+        gathered = comm.all_gather(torch.frombuffer(bytearray(common), dtype=torch.uint8))
+        assert all(torch.equal(other, gathered[0]) for other in gathered), (
+            f"{method}: replicas differ at {step}"
+        )
+        history.update(common)
+    optimizer.synchronize()
+    history.update(hash_weights(model))
+    return history.hexdigest()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with connect(timeout_seconds=60) as comm:
+        hashes = {method: train(comm, method) for method in METHODS}
+        if comm.rank == 0:
+            print(json.dumps(hashes))
