@@ -1,0 +1,118 @@
+"""The command line: `teacherstudent STEP conf.toml [section.key=value …]`, also `python -m teacherstudent`."""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from teacherstudent import config as configuration
+from teacherstudent.config import Config
+
+STEPS = {
+    "corpus": "make speech with espeak-ng, or check the data that you brought along",
+    "prepare": "features of every part",
+    "align": "the phone of every frame of the labelled parts",
+    "senones": "tie triphone states, label every frame",
+    "teacher": "train the bidirectional teacher on human labels",
+    "label": "the teacher's highest posteriors for the unlabelled part",
+    "student": "train the students (one of them with student.only=NAME)",
+    "evaluate": "decode the test speakers, word error rates with intervals",
+    "report": "one HTML page of it all",
+    "run": "all of the above, skipping what is done",
+}
+_TRAINING_STEPS = ("teacher", "student", "run")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after an error that the user can mend."""
+    words = sys.argv[1:] if arguments is None else arguments
+    # Options last, wherever they stood: argparse takes no override after an option.
+    options = _parser().parse_args(sorted(words, key=lambda word: word.startswith("--")))
+    try:
+        return _store(options) if options.step == "store" else _run(options)
+    except ValueError as error:
+        if os.environ.get("TEACHERSTUDENT_TRACEBACK"):
+            traceback.print_exc()
+        print(f"teacherstudent: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="teacherstudent",
+        description="Semi-supervised acoustic-model training: a teacher labels, a student learns.",
+        epilog="Start with: teacherstudent run examples/smoke/smoke.toml",
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    for name, what in STEPS.items():
+        step = steps.add_parser(name, help=what, description=what)
+        step.add_argument("config", metavar="CONF.TOML", help="one experiment's settings")
+        step.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.key=value",
+            help="settings that take the place of the file's",
+        )
+        if name in _TRAINING_STEPS:
+            step.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="print the resolved configuration, the parameters, the schedule and the plan; start nothing",
+            )
+    store = steps.add_parser("store", help="look into a target store", description="look into a target store")
+    store.add_argument("verb", choices=("info", "verify"), help="what it holds; whether every checksum holds")
+    store.add_argument("folder", help="a folder of targets.*.h5")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = configuration.load(options.config, options.overrides)
+    if getattr(options, "dry_run", False):
+        from teacherstudent.dry_run import describe
+
+        print(describe(config, options.step))
+        return 0
+    return _run_steps(config, options)
+
+
+def _run_steps(config: Config, options: argparse.Namespace) -> int:
+    import torch
+
+    from teacherstudent.distributed import connect
+    from teacherstudent.experiment import Experiment
+    from teacherstudent.run import find_steps, run_steps
+
+    torch.set_num_threads(config.distributed.threads_per_worker)
+    comm = connect(timeout_seconds=config.distributed.timeout_seconds)
+    experiment = Experiment(config)
+    steps = find_steps(experiment, options.step)
+    comm.barrier()  # every rank has looked at the folder before one of them writes to it
+    if comm.rank == 0:
+        experiment.create()
+    run_steps(experiment, comm, steps)
+    if comm.rank == 0:
+        _say_results(experiment.folder)
+    comm.close()
+    return 0
+
+
+def _say_results(folder: Path) -> None:
+    from teacherstudent.evaluate import summary
+
+    results = folder / "evaluate" / "results.json"
+    if results.is_file():
+        print(summary(results))
+    if (folder / "report.html").is_file():
+        print(f"report: {(folder / 'report.html').resolve()}")
+
+
+def _store(options: argparse.Namespace) -> int:
+    from teacherstudent.store import TargetStore, describe
+
+    if options.verb == "info":
+        print(describe(options.folder))
+    else:
+        TargetStore(options.folder).verify()
+        print(f"{options.folder}: every checksum holds")
+    return 0

@@ -1,0 +1,251 @@
+"""The `evaluate` step: decode the test speakers, once a system, and compare.
+
+The acoustic scale of each system is chosen on the development speakers; the test speakers choose nothing.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from teacherstudent import checkpoint
+from teacherstudent.decode import Hypothesis, decode_many
+from teacherstudent.experiment import Experiment, write_json, write_text
+from teacherstudent.features import FRAME_SHIFT_SECONDS
+from teacherstudent.graph import Graph
+from teacherstudent.label import infer
+from teacherstudent.language_model import estimate_bigram
+from teacherstudent.lexicon import Lexicon
+from teacherstudent.manifests import DEV, TEST, read_cuts, shard_paths
+from teacherstudent.models import model_from_state
+from teacherstudent.packed import open_shards
+from teacherstudent.progress import HoursBar, hours_bar
+from teacherstudent.scoring import Words, compare, count_errors, score
+from teacherstudent.senones import Inventory
+
+
+@dataclass(frozen=True)
+class System:
+    """A model that is decoded: one row of the table."""
+
+    name: str
+    kind: str
+    label: str
+    model: Path
+
+
+@dataclass(frozen=True)
+class Utterance:
+    id: str
+    words: tuple[str, ...]
+    condition: str
+    speaker: str
+
+
+def find_systems(experiment: Experiment) -> list[System]:
+    """The teacher, every student at its best on the development speakers, and the human-only students twice:
+    early-stopped there, and after as many updates as the others.
+    """
+    systems = [System("teacher", "teacher", "teacher", experiment.path("teacher", "best.pt"))]
+    for name, student in experiment.config.student_variants().items():
+        folder = experiment.path("students", name)
+        if student.schedule.mode == "human-only":
+            final = System(f"{name}-final", "student", f"{name}, as many updates", folder / "final.pt")
+            early = System(f"{name}-early", "student", f"{name}, early-stopped", folder / "best.pt")
+            systems += [final, early]
+        else:
+            systems.append(System(name, "student", name, folder / "best.pt"))
+    return systems
+
+
+def evaluate(experiment: Experiment) -> list[Path]:
+    """Write evaluate/results.json, and every system's hypotheses of the test speakers."""
+    experiment.path("evaluate").mkdir(exist_ok=True)
+    inventory = Inventory.load(experiment.path("senones", "inventory.json"))
+    graph = _build_graph(experiment, inventory)
+    systems = find_systems(experiment)
+    dev, test = (_read_utterances(experiment, part) for part in (DEV, TEST))
+    scores, words = {}, {}
+    seconds = len(systems) * (_seconds(experiment, DEV) + _seconds(experiment, TEST))
+    with hours_bar(seconds, "decode") as bar:
+        for system in systems:
+            decoder = _SystemDecoder(experiment, system, graph, inventory.log_priors, bar)
+            scale, dev_error = _choose_scale(decoder, dev)
+            decoded, test_error = decoder.decode(TEST, [scale])
+            words[system.name] = [decoded[scale][utterance.id].words for utterance in test]
+            scores[system.name] = {
+                "kind": system.kind,
+                "label": system.label,
+                "parameters": sum(parameter.numel() for parameter in decoder.model.parameters()),
+                "acoustic_scale": scale,
+                "frame_error": {DEV: dev_error, TEST: test_error},
+                "partial": sum(hypothesis.partial for hypothesis in decoded[scale].values()),
+                "conditions": _score_conditions(experiment, test, words[system.name]),
+            }
+    results = {"systems": scores} | _compare(experiment, scores, test, words)
+    outputs = [experiment.path("evaluate", "results.json")]
+    write_json(outputs[0], results)
+    for name, hypotheses in words.items():
+        outputs.append(experiment.path("evaluate", f"{name}.txt"))
+        lines = [f"{utterance.id} {' '.join(words)}\n" for utterance, words in zip(test, hypotheses)]
+        write_text(outputs[-1], "".join(lines))
+    return outputs
+
+
+def _build_graph(experiment: Experiment, inventory: Inventory) -> Graph:
+    """From the lexicon, and a bigram of lm_text.txt."""
+    lexicon = Lexicon.read(experiment.data_folder / "lexicon.txt")
+    text = (experiment.data_folder / "lm_text.txt").read_text(encoding="utf-8")
+    return Graph.build(lexicon, inventory, estimate_bigram(text.splitlines(), lexicon.pronunciations))
+
+
+def _read_utterances(experiment: Experiment, part: str) -> list[Utterance]:
+    utterances = []
+    for path in shard_paths(experiment.data_folder, part):
+        for cut in read_cuts(path):
+            text = " ".join(supervision.text or "" for supervision in cut.supervisions)
+            custom = cut.custom or {}
+            speaker = str(custom.get("speaker") or cut.supervisions[0].speaker)
+            condition = str(custom.get("condition", "all"))
+            utterances.append(Utterance(cut.id, tuple(text.split()), condition, speaker))
+    return utterances
+
+
+def _seconds(experiment: Experiment, part: str) -> float:
+    shards = open_shards(experiment.path("features", part), "features")
+    return sum(float(shard.num_frames.sum()) for shard in shards) * FRAME_SHIFT_SECONDS
+
+
+class _SystemDecoder:
+    """One system's model, and the parts of the data decoded with it."""
+
+    def __init__(
+        self, experiment: Experiment, system: System, graph: Graph, log_priors: np.ndarray, bar: HoursBar
+    ) -> None:
+        self.experiment, self.graph, self.log_priors, self.bar = experiment, graph, log_priors, bar
+        self.model = model_from_state(checkpoint.load(system.model))
+        self.frame_errors = self.frames = 0
+
+    def decode(self, part: str, scales: Sequence[float]) -> tuple[dict[float, dict[str, Hypothesis]], float]:
+        """Every utterance's hypothesis at every acoustic scale, and the senone frame error in per cent."""
+        self.frame_errors = self.frames = 0
+        settings = self.experiment.config.decode
+        decoded = decode_many(self.graph, self._posteriors(part), self.log_priors, scales, settings)
+        return decoded, 100 * self.frame_errors / self.frames
+
+    def _posteriors(self, part: str) -> Iterator[tuple[str, np.ndarray]]:
+        features = open_shards(self.experiment.path("features", part), "features")
+        labels = open_shards(self.experiment.path("senones", part), "labels")
+        for values, senones in zip(features, labels):
+            for name, logits in infer(self.model, values, self.experiment.config.label.batch_frames):
+                posteriors = torch.log_softmax(logits, dim=1).numpy()
+                self.frame_errors += int((posteriors.argmax(axis=1) != senones[name]["senone"]).sum())
+                self.frames += len(posteriors)
+                yield name, posteriors
+                self.bar.update(len(posteriors) * FRAME_SHIFT_SECONDS)
+
+
+def _choose_scale(decoder: _SystemDecoder, dev: Sequence[Utterance]) -> tuple[float, float]:
+    """The acoustic scale with the fewest word errors on the development speakers, of equals the lowest; and the
+    senone frame error there.
+    """
+    decoded, frame_error = decoder.decode(DEV, decoder.experiment.config.decode.acoustic_scales)
+    references = [utterance.words for utterance in dev]
+    errors = {
+        scale: count_errors(references, [hypotheses[utterance.id].words for utterance in dev])[:, 1:].sum()
+        for scale, hypotheses in decoded.items()
+    }
+    return min(errors, key=lambda scale: (errors[scale], scale)), frame_error
+
+
+def _score_conditions(
+    experiment: Experiment, test: Sequence[Utterance], hypotheses: Sequence[Words]
+) -> dict[str, dict[str, Any]]:
+    """Word errors over all of the test speakers, and by condition, with intervals over utterances."""
+    config = experiment.config
+    found = list(dict.fromkeys(utterance.condition for utterance in test))
+    rows = {}
+    for condition in dict.fromkeys(["all", *found]):
+        chosen = [index for index, utterance in enumerate(test) if condition in ("all", utterance.condition)]
+        result = score(
+            [test[index].words for index in chosen],
+            [hypotheses[index] for index in chosen],
+            samples=config.decode.bootstrap_samples,
+            seed=config.seed,
+        )
+        rows[condition] = {
+            "utterances": len(chosen),
+            "words": result.words,
+            "errors": result.substitutions + result.insertions + result.deletions,
+            "substitutions": result.substitutions,
+            "insertions": result.insertions,
+            "deletions": result.deletions,
+            "word_error_rate": 100 * result.word_error_rate,
+            "interval": [100 * result.low, 100 * result.high],
+        }
+    return rows
+
+
+def _compare(
+    experiment: Experiment,
+    scores: Mapping[str, Mapping[str, Any]],
+    test: Sequence[Utterance],
+    words: Mapping[str, Sequence[Words]],
+) -> dict[str, Any]:
+    """Each system with machine labels against the better of the human-only students, paired by utterance."""
+    variants = experiment.config.student_variants()
+    helped = [name for name in variants if name in scores]
+    human_only = [name for name in scores if name not in helped and name != "teacher"]
+    if not human_only:
+        return {"baseline": None, "comparisons": []}
+    baseline = min(human_only, key=lambda name: scores[name]["conditions"]["all"]["errors"])
+    references = [utterance.words for utterance in test]
+    comparisons = []
+    for name in ["teacher", *helped]:
+        found = compare(
+            references,
+            words[baseline],
+            words[name],
+            samples=experiment.config.decode.bootstrap_samples,
+            seed=experiment.config.seed,
+        )
+        comparisons.append(
+            {
+                "system": name,
+                "baseline": baseline,
+                "relative_reduction": 100 * found.relative_reduction,
+                "interval": [100 * found.low, 100 * found.high],
+            }
+        )
+    return {"baseline": baseline, "comparisons": comparisons}
+
+
+def summary(results_path: Path) -> str:
+    """The table of word error rates, for a terminal."""
+    results = json.loads(results_path.read_text(encoding="utf-8"))
+    systems = results["systems"]
+    conditions = list(next(iter(systems.values()))["conditions"])
+    width = max(len(system["label"]) for system in systems.values())
+    lines = ["word error rate, % [95 % interval over utterances]", f"{'':{width}}" + _row(conditions)]
+    for system in systems.values():
+        cells = [
+            "{:.1f} [{:.1f}, {:.1f}]".format(cell["word_error_rate"], *cell["interval"])
+            for cell in (system["conditions"][condition] for condition in conditions)
+        ]
+        lines.append(f"{system['label']:{width}}" + _row(cells))
+    for found in results["comparisons"]:
+        label, baseline = (systems[found[key]]["label"] for key in ("system", "baseline"))
+        lines.append(
+            "{}: {:.1f} % [{:.1f}, {:.1f}] fewer word errors than {}".format(
+                label, found["relative_reduction"], *found["interval"], baseline
+            )
+        )
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "".join(f"{cell:>20}" for cell in cells)

@@ -1,0 +1,146 @@
+"""One experiment, one folder: where each step's results lie, which steps are done, and their hashes.
+
+A step that ends writes `steps/NAME.json`: the hashes of what it read and of what it wrote. A step is done when
+its record is there and what it read has not changed since; otherwise it starts anew, or goes on where it was
+interrupted. Records hold relative paths and hashes only, so two folders with the same contents have the same
+records.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from teacherstudent.config import Config, flatten, to_toml
+
+
+class Experiment:
+    """The folder of one experiment, opened for one configuration.
+
+    Raises ValueError when the folder belongs to another configuration, naming the settings that differ.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.folder)
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        saved = self.folder / "config.toml"
+        if saved.is_file():
+            there = flatten(tomllib.loads(saved.read_text(encoding="utf-8")))
+            here = flatten(tomllib.loads(to_toml(self.config)))
+            differing = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
+            if differing:
+                rows = [f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differing]
+                raise ValueError(
+                    f"{self.folder} belongs to another configuration:\n" + "\n".join(rows) + "\n"
+                    "Give this one a folder of its own (folder=OTHER), or remove that folder."
+                )
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: name a new folder (folder=OTHER)")
+        elif self.folder.is_dir() and any(path.name != "log" for path in self.folder.iterdir()):
+            raise ValueError(
+                f"{self.folder} is not empty and holds no experiment: name a new folder (folder=OTHER)"
+            )
+
+    def create(self) -> None:
+        """Make the folder and save the resolved configuration in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.toml", to_toml(self.config))  # first: it says whose folder this is
+        (self.folder / "steps").mkdir(exist_ok=True)
+        (self.folder / "log").mkdir(exist_ok=True)
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    @property
+    def data_folder(self) -> Path:
+        """Where the parts' cuts, lexicon.txt and lm_text.txt lie."""
+        return Path(self.config.data.folder) if self.config.data.folder else self.path("corpus")
+
+    # -- which steps are done ------------------------------------------------------------------------------
+
+    def _record(self, step: str) -> dict[str, Any]:
+        path = self.path("steps", f"{step}.json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _inputs(self, steps: Iterable[str]) -> dict[str, str]:
+        """What the given earlier steps wrote, one hash each."""
+        hashes = {}
+        for step in steps:
+            outputs = self._record(step).get("outputs")
+            if outputs is None:
+                raise ValueError(
+                    f"step {step!r} is not done in {self.folder}: run it first, or `teacherstudent run CONF` "
+                    "which runs every step that is missing"
+                )
+            hashes[step] = hash_text(json.dumps(outputs, sort_keys=True))
+        return hashes
+
+    def is_done(self, step: str, after: Iterable[str] = ()) -> bool:
+        record = self._record(step)
+        if record.get("outputs") is None:
+            return False
+        done = all(self._record(earlier).get("outputs") is not None for earlier in after)
+        there = all(self._place(name).is_file() for name in record["outputs"])
+        return done and there and record["inputs"] == self._inputs(after)
+
+    def begin(self, step: str, after: Iterable[str], clear: Iterable[str] = ()) -> None:
+        """Start or go on with a step. `clear`: its folders, emptied if what it reads has changed since."""
+        inputs = self._inputs(after)
+        if self._record(step).get("inputs") != inputs:
+            self.path("steps", f"{step}.json").unlink(missing_ok=True)  # first: half-emptied is not done
+            for path in map(self.path, clear):
+                if path.exists():
+                    shutil.rmtree(path)
+        self._write_record(step, {"inputs": inputs, "outputs": None})
+
+    def finish(self, step: str, outputs: Iterable[Path]) -> None:
+        """Record a step as done, with the hashes of the files that it wrote."""
+        hashes = {self._name(path): hash_file(path) for path in sorted(outputs)}
+        self._write_record(step, self._record(step) | {"outputs": hashes})
+
+    def _name(self, path: Path) -> str:
+        """Relative, also for data that were brought along and lie elsewhere."""
+        if path.is_relative_to(self.folder):
+            return path.relative_to(self.folder).as_posix()
+        return f"data/{path.relative_to(self.data_folder).as_posix()}"
+
+    def _place(self, name: str) -> Path:
+        inside = self.folder / name
+        return inside if inside.exists() or not name.startswith("data/") else self.data_folder / name[5:]
+
+    def _write_record(self, step: str, record: dict[str, Any]) -> None:
+        write_json(self.path("steps", f"{step}.json"), record)
+
+    def hashes(self) -> dict[str, str]:
+        """Of every file that every step wrote: the same for the same experiment in any folder."""
+        merged: dict[str, str] = {}
+        for path in sorted(self.path("steps").glob("*.json")):
+            merged |= self._record(path.stem).get("outputs") or {}
+        return dict(sorted(merged.items()))
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: a reader sees the old contents or the new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, contents: Any) -> None:
+    write_text(path, json.dumps(contents, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,67 @@
+"""The `label` step: the teacher's highest posteriors for every frame of the unlabelled shards.
+
+Shards are dealt to the workers; a shard's bytes depend on its cuts and the teacher alone, since batches are formed
+inside the shard. A shard that is there is not labelled again, so the step goes on where it was interrupted.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from teacherstudent import checkpoint
+from teacherstudent.batches import collate
+from teacherstudent.distributed import Communicator
+from teacherstudent.experiment import Experiment
+from teacherstudent.features import FRAME_SHIFT_SECONDS
+from teacherstudent.manifests import UNLABELLED
+from teacherstudent.models import AcousticModel, model_from_state
+from teacherstudent.packed import PackedShard, open_shards, shard_path
+from teacherstudent.progress import hours_bar
+from teacherstudent.store import STEM, TargetWriter
+from teacherstudent.trainings import target_provenance
+
+
+def label(experiment: Experiment, comm: Communicator) -> list[Path]:
+    """Label this worker's shards, and wait for the others."""
+    folder = experiment.path("targets")
+    folder.mkdir(parents=True, exist_ok=True)
+    model = model_from_state(checkpoint.load(experiment.path("teacher", "best.pt"))).to(comm.device)
+    provenance = target_provenance(experiment)
+    settings = experiment.config.label
+    shards = open_shards(experiment.path("features", UNLABELLED), "features")
+    outputs = [shard_path(folder, STEM, number) for number in range(len(shards))]
+    mine = [number for number in range(comm.rank, len(shards), comm.size) if not outputs[number].exists()]
+    total = sum(int(shards[number].num_frames.sum()) for number in mine) * comm.size * FRAME_SHIFT_SECONDS
+    with hours_bar(total, "label", show=comm.rank == 0) as bar:
+        for number in mine:
+            with TargetWriter(outputs[number], model.num_senones, settings.k, provenance) as writer:
+                for utterance_id, logits in infer(model, shards[number], settings.batch_frames, comm.device):
+                    writer.write(utterance_id, logits)
+            bar.update(float(shards[number].num_frames.sum()) * comm.size * FRAME_SHIFT_SECONDS)
+    comm.barrier(math.inf)  # the others may have hours to go
+    return outputs
+
+
+@torch.inference_mode()
+def infer(
+    model: AcousticModel, shard: PackedShard, batch_frames: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(utterance id, logits (T, S)) of every utterance of a shard, in its order.
+
+    Utterances of similar lengths share a batch; the batches depend on the shard and batch_frames alone.
+    """
+    values = dict(iter(shard))
+    by_length = sorted(shard.ids, key=lambda name: -len(values[name]["values"]))
+    logits: dict[str, torch.Tensor] = {}
+    start = 0
+    while start < len(by_length):
+        longest = max(1, len(values[by_length[start]]["values"]))
+        names = by_length[start : start + max(1, batch_frames // longest)]
+        batch = collate([values[name]["values"] for name in names], [])
+        output = model(batch.features.to(device), batch.lengths)
+        for name, row, length in zip(names, output, batch.lengths.tolist()):
+            logits[name] = row[:length].cpu().clone()
+        start += len(names)
+    yield from ((name, logits[name]) for name in shard.ids)

@@ -1,0 +1,100 @@
+"""The lexicon: how each word is pronounced, one pronunciation a line, `word phone phone …` (Kaldi's lexicon.txt).
+
+A word may have several lines. Silence is no word's phone: it stands between words.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+SILENCE = "SIL"
+
+Pronunciation = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Words and their pronunciations, both sorted; every word has at least one.
+
+    Raises ValueError for a word without a pronunciation, a pronunciation without a phone, a name with white
+    space in it, or silence within a pronunciation.
+    """
+
+    pronunciations: Mapping[str, tuple[Pronunciation, ...]]
+
+    def __post_init__(self) -> None:
+        for word, pronunciations in self.pronunciations.items():
+            if not pronunciations:
+                raise ValueError(f"word {word!r} has no pronunciation: at least one is needed")
+            for phones in pronunciations:
+                _check(word, phones)
+        ordered = {
+            word: tuple(sorted(set(self.pronunciations[word]))) for word in sorted(self.pronunciations)
+        }
+        object.__setattr__(self, "pronunciations", ordered)
+
+    @property
+    def words(self) -> list[str]:
+        return list(self.pronunciations)
+
+    @cached_property
+    def phones(self) -> list[str]:
+        """Every phone of a pronunciation, sorted; silence is not among them."""
+        return sorted(
+            {phone for several in self.pronunciations.values() for phones in several for phone in phones}
+        )
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[str, Pronunciation]]) -> "Lexicon":
+        """From (word, pronunciation) pairs in any order; a pair may come twice."""
+        pronunciations: dict[str, tuple[Pronunciation, ...]] = {}
+        for word, phones in pairs:
+            pronunciations[word] = (*pronunciations.get(word, ()), tuple(phones))
+        return cls(pronunciations)
+
+    @classmethod
+    def read(cls, path: Path) -> "Lexicon":
+        """Raises ValueError naming the file, and the line that is wrong."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise ValueError(
+                f"no lexicon at {path}: a text file is needed, `word phone phone …` a line"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        pairs = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            word, *phones = line.split()
+            try:
+                _check(word, phones)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            pairs.append((word, tuple(phones)))
+        if not pairs:
+            raise ValueError(f"{path} is empty: `word phone phone …` is needed, one pronunciation a line")
+        return cls.of(pairs)
+
+    def write(self, path: Path) -> None:
+        lines = [
+            f"{word} {' '.join(phones)}\n"
+            for word, several in self.pronunciations.items()
+            for phones in several
+        ]
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def _check(word: str, phones: Iterable[str]) -> None:
+    phones = list(phones)
+    if not phones:
+        raise ValueError(f"word {word!r} has no phones: `word phone phone …` is needed")
+    for name in (word, *phones):
+        if name.split() != [name]:
+            raise ValueError(
+                f"word {word!r}: {name!r} is empty or has white space in it, which separates names"
+            )
+    if SILENCE in phones:
+        raise ValueError(f"word {word!r} is pronounced with {SILENCE}, which stands only between words")

@@ -1,0 +1,38 @@
+"""Progress in hours of audio, on stderr."""
+
+import sys
+
+from tqdm import tqdm
+
+_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}{postfix}]"
+
+
+class HoursBar:
+    """A progress bar that is told seconds of audio and shows hours."""
+
+    def __init__(self, total_seconds: float, what: str, show: bool = True) -> None:
+        self._bar = tqdm(
+            total=max(total_seconds, 1e-9) / 3600,
+            desc=f"{what:>22}",
+            bar_format=_FORMAT,
+            file=sys.stderr,
+            disable=not show,
+            mininterval=0.5,
+        )
+
+    def update(self, seconds: float, **figures: str) -> None:
+        if figures:
+            self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(
+            min(seconds / 3600, max(0.0, self._bar.total - self._bar.n)) if self._bar.total else 0
+        )
+
+    def __enter__(self) -> "HoursBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def hours_bar(total_seconds: float, what: str, show: bool = True) -> HoursBar:
+    return HoursBar(total_seconds, what, show)

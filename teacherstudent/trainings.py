@@ -1,0 +1,121 @@
+"""What the `teacher` and `student` steps train on, from the experiment's folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from teacherstudent.batches import Source, Utterances
+from teacherstudent.config import Network, Optimisation, Schedule
+from teacherstudent.distributed import Communicator
+from teacherstudent.experiment import Experiment, hash_file
+from teacherstudent.features import Normalisation
+from teacherstudent.manifests import DEV, HUMAN, UNLABELLED
+from teacherstudent.packed import open_shards
+from teacherstudent.schedule import HUMAN as HUMAN_SOURCE
+from teacherstudent.schedule import MACHINE as MACHINE_SOURCE
+from teacherstudent.schedule import Plan
+from teacherstudent.senones import Inventory
+from teacherstudent.store import TargetStore
+from teacherstudent.train import Training, train
+
+
+def train_teacher(experiment: Experiment, comm: Communicator) -> list[Path]:
+    teacher = experiment.config.teacher
+    folder = experiment.path("teacher")
+    return _train(
+        experiment, comm, "teacher", folder, teacher.network, teacher.schedule, teacher.optimisation
+    )
+
+
+def train_student(experiment: Experiment, comm: Communicator, name: str) -> list[Path]:
+    student = experiment.config.student_variants()[name]
+    folder = experiment.path("students", name)
+    return _train(
+        experiment, comm, f"student {name}", folder, student.network, student.schedule, student.optimisation
+    )
+
+
+def _train(
+    experiment: Experiment,
+    comm: Communicator,
+    name: str,
+    folder: Path,
+    network: Network,
+    schedule: Schedule,
+    optimisation: Optimisation,
+) -> list[Path]:
+    plan = Plan(schedule, optimisation.learning_rate)
+    inventory = Inventory.load(experiment.path("senones", "inventory.json"))
+    training = Training(
+        name=name,
+        folder=folder,
+        network=network,
+        num_senones=inventory.num_senones,
+        normalisation=read_normalisation(experiment),
+        plan=plan,
+        optimisation=optimisation,
+        seed=experiment.config.seed,
+        provenance=provenance(experiment),
+    )
+    sources = {source: _open_source(experiment, source, optimisation.batch_frames) for source in plan.sources}
+    dev = labelled_source(experiment, DEV, optimisation.batch_frames)
+    train(comm, training, sources, dev)
+    return [folder / "best.pt", folder / "final.pt", folder / "log.jsonl"]
+
+
+def provenance(experiment: Experiment) -> dict[str, str]:
+    """Which senone inventory and features a model, or targets, belong to."""
+    return {
+        "inventory": hash_file(experiment.path("senones", "inventory.json")),
+        "features": hash_file(experiment.path("features", "normalisation.json")),
+    }
+
+
+def target_provenance(experiment: Experiment) -> dict[str, str]:
+    return provenance(experiment) | {
+        "teacher": hash_file(experiment.path("teacher", "best.pt")),
+        "numeric_mode": "fp32",
+    }
+
+
+def read_normalisation(experiment: Experiment) -> Normalisation:
+    path = experiment.path("features", "normalisation.json")
+    return Normalisation.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def labelled_source(experiment: Experiment, part: str, batch_frames: int) -> Source:
+    labels = open_shards(experiment.path("senones", part), "labels")
+    return _source(experiment, HUMAN_SOURCE, part, labels, batch_frames)
+
+
+def _open_source(experiment: Experiment, source: str, batch_frames: int) -> Source:
+    if source == HUMAN_SOURCE:
+        return labelled_source(experiment, HUMAN, batch_frames)
+    store = TargetStore(experiment.path("targets"), expect=target_provenance(experiment))
+    targets = [_Targets(store, number) for number in range(store.num_shards)]
+    return _source(experiment, MACHINE_SOURCE, UNLABELLED, targets, batch_frames)
+
+
+def _source(
+    experiment: Experiment, name: str, part: str, labels: Sequence[Utterances], batch_frames: int
+) -> Source:
+    features = open_shards(experiment.path("features", part), "features")
+    lengths = [np.asarray(shard.num_frames, np.int64) for shard in features]
+    return Source(name, features, labels, lengths, batch_frames, experiment.config.seed)
+
+
+class _Targets:
+    """One shard of the target store, as a source's labels."""
+
+    def __init__(self, store: TargetStore, number: int) -> None:
+        self._store, self._number = store, number
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self._store.shard_ids(self._number)
+
+    def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
+        ids, log_posteriors = self._store.read(self._number, utterance_id)
+        return {"ids": ids, "probabilities": np.exp(log_posteriors)}

@@ -1,0 +1,47 @@
+"""Where a training's workers and its optimiser come from.
+
+Under a launcher (torchrun, mpirun, srun) the launched processes are the workers; otherwise
+`[distributed] workers` of them run in this process.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+
+from teacherstudent.config import Distributed, Optimisation
+from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, in_process
+from teacherstudent.distributed.optimizers import DistributedOptimizer
+
+Result = TypeVar("Result")
+Method = Callable[[torch.optim.Optimizer, Communicator, Optimisation], DistributedOptimizer]
+
+METHODS: dict[str, Method] = {
+    "exact": lambda inner, comm, _: ExactAveraging(inner, comm),
+    "gtc": lambda inner, comm, settings: GTC(inner, comm, density=settings.density),
+    "bmuf": lambda inner, comm, settings: BMUF(
+        inner, comm, block_steps=settings.block_steps, block_momentum=settings.block_momentum
+    ),
+}
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], comm: Communicator, settings: Optimisation
+) -> DistributedOptimizer:
+    """SGD with momentum, its steps shared by the configured method."""
+    inner = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.momentum)
+    return METHODS[settings.method](inner, comm, settings)
+
+
+def run_workers(
+    comm: Communicator, settings: Distributed, function: Callable[[Communicator], Result]
+) -> Result:
+    """Run function(comm) on every worker; `comm` is what the launcher gave to this process.
+
+    Returns what the function returned here; for in-process workers, what it returned on the first.
+    """
+    if settings.workers < 1:
+        raise ValueError(f"distributed.workers = {settings.workers}: at least one is needed")
+    if comm.size > 1 or settings.workers == 1:
+        return function(comm)
+    return in_process(settings.workers, function)[0]

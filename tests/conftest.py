@@ -1,0 +1,29 @@
+"""One tiny experiment, run once and looked at by many tests."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny.toml"
+
+
+def teacherstudent(*arguments: str | Path, timeout_seconds: float = 300) -> subprocess.CompletedProcess[str]:
+    """The command line, as a process of its own, from the root of the checkout."""
+    return run([sys.executable, "-m", "teacherstudent", *map(str, arguments)], timeout_seconds)
+
+
+def run(command: Sequence[str], timeout_seconds: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_seconds)
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of tests/tiny.toml after `run`."""
+    folder = tmp_path_factory.mktemp("tiny") / "experiment"
+    done = teacherstudent("run", TINY, f"folder={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,199 @@
+"""Settings: defaults < file < override, and every mistake is answered with what would have been right."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacherstudent import cli
+from teacherstudent.config import Config, Decode, flatten, load, to_toml
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "conf.toml"
+    path.write_text("")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError) as refused:
+        load(path, overrides)
+    return str(refused.value)
+
+
+def test_an_empty_file_gives_the_defaults(toml: Path) -> None:
+    assert load(toml) == Config()
+
+
+def test_the_file_goes_before_the_default_and_the_override_before_the_file(toml: Path) -> None:
+    toml.write_text("seed = 1\n[teacher.schedule]\nsteps = 7\nwarmup_steps = 3\n")
+    config = load(toml, ["seed=4", "seed=2", "teacher.schedule.steps=8"])  # of two the last
+    assert (config.seed, config.teacher.schedule.steps) == (2, 8)
+    assert config.teacher.schedule.warmup_steps == 3  # the file's
+    assert config.teacher.schedule.human_turn_steps == 1  # the default
+
+
+def test_a_section_of_the_file_keeps_the_defaults_of_its_own_place(toml: Path) -> None:
+    toml.write_text("[teacher.network]\nlayers = 2\n[student.network]\nlayers = 2\n")
+    config = load(toml)
+    assert (config.teacher.network.bidirectional, config.teacher.network.output_delay_frames) == (True, 0)
+    assert (config.student.network.bidirectional, config.student.network.output_delay_frames) == (False, 4)
+
+
+@pytest.mark.parametrize("text, value", [("a/b", "a/b"), ("'7'", "7"), ("", ""), ("a=b", "a=b")])
+def test_an_override_is_a_toml_value_or_plain_text(toml: Path, text: str, value: str) -> None:
+    assert load(toml, [f"data.folder={text}"]).data.folder == value
+
+
+@pytest.mark.parametrize(
+    "override, unknown, nearest",
+    [
+        ("sead=1", "sead", "seed"),
+        ("teecher.network.layers=1", "teecher", "teacher"),
+        ("teacher.network.layer=1", "teacher.network.layer", "layers"),
+        ("student.variants.a.schedule.stpes=1", "student.variants.a.schedule.stpes", "steps"),
+        ("student.variants.a.netwrk.cells=1", "student.variants.a.netwrk", "network"),
+    ],
+)
+def test_an_unknown_key_at_any_depth_names_the_nearest(
+    toml: Path, override: str, unknown: str, nearest: str
+) -> None:
+    message = refusal(toml, override)
+    assert f"unknown setting {unknown!r}; the nearest in" in message
+    assert message.endswith(repr(nearest))
+
+
+def test_a_key_like_no_other_is_answered_with_all_of_its_section(toml: Path) -> None:
+    assert "[label] knows batch_frames, k" in refusal(toml, "label.zzzzzz=1")
+
+
+@pytest.mark.parametrize(
+    "override, needed",
+    [
+        ("seed=1.5", "a whole number"),
+        ("seed=true", "a whole number"),
+        ("teacher.optimisation.learning_rate=fast", "a number"),
+        ("teacher.optimisation.learning_rate=true", "a number"),
+        ("teacher.optimisation.learning_rate=nan", "a number"),
+        ("teacher.network.bidirectional=1", "true or false"),
+        ("data.folder=3", "text"),
+        ("student.variants=3", "a table"),
+        ("student.variants.a=3", "a table"),
+        ("corpus.snr_db=10", "a list"),
+        ("corpus.snr_db=['loud']", "a number"),
+        ("teacher.schedule.mode=humanonly", "'interleaved', 'human-only', 'machine-only'"),
+        ("features.sampling_rate=44100", "8000, 16000"),
+        ("features.sampling_rate=16000.0", "8000, 16000"),
+        ("teacher=3", "a section"),
+        ("seed.x=3", "a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_name_and_what_is_needed(
+    toml: Path, override: str, needed: str
+) -> None:
+    name = override.partition("=")[0]
+    message = refusal(toml, override)
+    assert name.removesuffix(".x") in message
+    assert needed in message
+
+
+def test_a_whole_number_is_a_number(toml: Path) -> None:
+    config = load(toml, ["corpus.snr_db=[5, 10.5]", "student.optimisation.block_momentum=0"])
+    assert config.corpus.snr_db == (5.0, 10.5)
+    assert type(config.student.optimisation.block_momentum) is float
+
+
+def test_an_override_without_name_or_value_is_shown_how_one_looks(toml: Path) -> None:
+    assert "section.key=value" in refusal(toml, "seed")
+    assert "section.key=value" in refusal(toml, "=1")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):  # a folder is no file
+        assert f"no configuration at {path}:" in refusal(path)
+
+
+def test_what_is_not_toml_is_said_to_be_so(toml: Path) -> None:
+    for contents in (b"seed: 1\n", b"seed = 1\nseed = 2\n", b"\xff\xfe"):
+        toml.write_bytes(contents)
+        assert f"{toml} is not TOML" in refusal(toml)
+
+
+def test_variants_start_from_the_student_and_change_only_what_they_name(toml: Path) -> None:
+    toml.write_text(
+        "[student.schedule]\nsteps = 9\n[student.variants.a.schedule]\nmode = 'human-only'\n"
+        "[student.variants.b.optimisation]\nmethod = 'bmuf'\n"
+    )
+    variants = load(toml, ["student.variants.b.schedule.steps=5"]).student_variants()
+    assert list(variants) == ["a", "b"]
+    assert (variants["a"].schedule.mode, variants["a"].schedule.steps) == ("human-only", 9)
+    assert (variants["b"].schedule.mode, variants["b"].schedule.steps) == ("interleaved", 5)
+    assert (variants["a"].optimisation.method, variants["b"].optimisation.method) == ("gtc", "bmuf")
+    assert Config().student_variants() == {"student": Config().student}
+
+
+def test_a_variant_has_no_variants_of_its_own(toml: Path) -> None:
+    for key, value in (("variants", "{b = {}}"), ("only", "'a'")):
+        assert f"'student.variants.a.{key}'" in refusal(toml, f"student.variants.a.{key}={value}")
+
+
+def test_a_variant_whose_name_is_no_folder_is_refused(toml: Path) -> None:
+    for name in ("", "a b", "../a", "/a", ".a"):
+        toml.write_text(f'[student.variants."{name}"]\n')
+        assert "letters, digits" in refusal(toml)
+
+
+def test_an_unknown_student_is_refused_with_those_there_are(toml: Path) -> None:
+    toml.write_text("[student.variants.a]\n[student.variants.b]\n")
+    assert load(toml, ["student.only=b"]).student.only == "b"
+    assert "are a, b" in refusal(toml, "student.only=c")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    folder=st.text(st.characters(exclude_categories=["Cs"])),
+    scales=st.lists(st.floats(allow_nan=False)),
+    momentum=st.none() | st.floats(0, 1),
+)
+def test_the_resolved_configuration_reloads_to_itself(
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    folder: str,
+    scales: list[float],
+    momentum: float | None,
+) -> None:
+    default = Config()
+    config = dataclasses.replace(
+        default,
+        seed=seed,
+        data=dataclasses.replace(default.data, folder=folder),
+        decode=Decode(acoustic_scales=tuple(scales)),
+        student=dataclasses.replace(
+            default.student,
+            variants={"a": {"schedule": {"mode": "human-only"}}, "b": {}},
+            optimisation=dataclasses.replace(default.student.optimisation, block_momentum=momentum),
+        ),
+    )
+    path = tmp_path_factory.mktemp("resolved") / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8", newline="")
+    assert load(path) == config
+
+
+def test_settings_of_where_and_how_fast_are_not_in_the_resolved_configuration(toml: Path) -> None:
+    jobs = [f"{section}.jobs=9" for section in ("corpus", "features", "decode")]
+    config = load(toml, ["folder=x", "student.only=student", "distributed.timeout_seconds=9", *jobs])
+    assert config != load(toml)
+    assert to_toml(config) == to_toml(load(toml))
+
+
+def test_flattening_keeps_every_table_also_an_empty_one() -> None:
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
+
+
+def test_overrides_may_follow_an_option(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["teacher", str(toml), "--dry-run", "seed=77"]) == 0
+    assert "seed = 77" in capsys.readouterr().out

@@ -1,0 +1,191 @@
+"""One folder, one configuration; a step is done as long as what it read has not changed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from teacherstudent.config import Config, Corpus, Data, Student
+from teacherstudent.experiment import Experiment, hash_file, write_json, write_text
+
+
+def make(folder: Path, **settings: object) -> Experiment:
+    experiment = Experiment(dataclasses.replace(Config(folder=str(folder)), **settings))  # type: ignore[arg-type]
+    experiment.create()
+    return experiment
+
+
+def run(experiment: Experiment, step: str, after: tuple[str, ...] = (), text: str = "x") -> None:
+    """A step that writes one file with `text` in a folder of its own."""
+    experiment.begin(step, after, clear=(step,))
+    path = experiment.path(step, "result.txt")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    experiment.finish(step, [path])
+
+
+def test_a_folder_opens_again_for_its_own_configuration(tmp_path: Path) -> None:
+    make(tmp_path / "exp", seed=3)
+    make(tmp_path / "exp", seed=3)
+
+
+def test_a_folder_moved_elsewhere_opens_for_the_same_configuration(tmp_path: Path) -> None:
+    make(tmp_path / "exp")
+    (tmp_path / "exp").rename(tmp_path / "moved")
+    make(tmp_path / "moved")
+
+
+def test_settings_of_where_and_how_fast_do_not_make_another_configuration(tmp_path: Path) -> None:
+    make(tmp_path / "exp")
+    make(tmp_path / "exp", corpus=Corpus(jobs=7), student=Student(only="student"))
+
+
+def test_a_folder_of_another_configuration_is_refused_naming_every_setting_that_differs(
+    tmp_path: Path,
+) -> None:
+    make(tmp_path / "exp", seed=3)
+    with pytest.raises(ValueError) as refused:
+        make(tmp_path / "exp", seed=4, corpus=Corpus(split=9), student=Student(variants={"a": {}}))
+    message = str(refused.value)
+    assert str(tmp_path / "exp") in message
+    assert "seed: 3 there, 4 now" in message
+    assert "corpus.split: 0 there, 9 now" in message
+    assert "student.variants.a: None there, {} now" in message
+    assert message.count(" there, ") == 4  # the fourth is the table of variants, empty there
+
+
+def test_a_foreign_folder_is_refused_unless_it_is_empty_or_holds_logs_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty")
+    (tmp_path / "logs" / "log").mkdir(parents=True)
+    make(tmp_path / "logs")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").touch()
+    with pytest.raises(ValueError, match=r"letters is not empty .*folder=OTHER"):
+        make(tmp_path / "letters")
+    with pytest.raises(ValueError, match=r"dear.txt is a file"):
+        make(tmp_path / "letters" / "dear.txt")
+
+
+def test_opening_a_folder_writes_nothing(tmp_path: Path) -> None:
+    Experiment(Config(folder=str(tmp_path / "exp")))
+    assert not (tmp_path / "exp").exists()
+
+
+def test_a_step_is_done_when_it_has_finished_and_not_before(tmp_path: Path) -> None:
+    experiment = make(tmp_path / "exp")
+    assert not experiment.is_done("corpus")
+    experiment.begin("corpus", ())
+    assert not experiment.is_done("corpus")
+    run(experiment, "corpus")
+    assert experiment.is_done("corpus")
+    assert make(tmp_path / "exp").is_done("corpus")
+
+
+def test_a_step_before_its_turn_names_the_step_that_is_missing(tmp_path: Path) -> None:
+    experiment = make(tmp_path / "exp")
+    run(experiment, "corpus")
+    experiment.begin("prepare", ("corpus",))  # begun is not done
+    with pytest.raises(ValueError, match=r"step 'prepare' is not done .*teacherstudent run"):
+        experiment.begin("align", ("corpus", "prepare"))
+    assert not experiment.is_done("align", ("corpus", "prepare"))
+
+
+def test_a_step_is_stale_when_what_it_read_has_changed_and_only_then(tmp_path: Path) -> None:
+    experiment = make(tmp_path / "exp")
+    run(experiment, "corpus", text="one")
+    run(experiment, "prepare", ("corpus",))
+    run(experiment, "align", ("prepare",))
+    run(experiment, "corpus", text="one")  # again, with the same result
+    assert experiment.is_done("prepare", ("corpus",))
+    run(experiment, "corpus", text="two")
+    assert not experiment.is_done("prepare", ("corpus",))
+    assert experiment.is_done("align", ("prepare",))  # prepare has not written anything else yet
+    run(experiment, "prepare", ("corpus",), text="other")
+    assert experiment.is_done("prepare", ("corpus",))
+    assert not experiment.is_done("align", ("prepare",))
+
+
+def test_a_step_is_stale_while_what_it_reads_is_being_made(tmp_path: Path) -> None:
+    experiment = make(tmp_path / "exp")
+    run(experiment, "corpus")
+    run(experiment, "prepare", ("corpus",))
+    experiment.begin("corpus", ())
+    assert not experiment.is_done("prepare", ("corpus",))
+
+
+def test_an_interrupted_step_finds_its_files_again(tmp_path: Path) -> None:
+    experiment = make(tmp_path / "exp")
+    run(experiment, "corpus")
+    experiment.begin("prepare", ("corpus",), clear=("features",))
+    half = experiment.path("features", "half")
+    half.parent.mkdir()
+    half.touch()
+    make(tmp_path / "exp").begin("prepare", ("corpus",), clear=("features",))
+    assert half.exists()
+
+
+def test_a_step_whose_input_has_changed_starts_from_empty_folders_and_spares_the_others(
+    tmp_path: Path,
+) -> None:
+    experiment = make(tmp_path / "exp")
+    run(experiment, "corpus", text="one")
+    for name in ("features", "more/inside", "others"):
+        experiment.path(name).mkdir(parents=True)
+        experiment.path(name, "file").touch()
+    experiment.begin("prepare", ("corpus",))
+    run(experiment, "corpus", text="two")
+    experiment.begin("prepare", ("corpus",), clear=("features", "more/inside", "absent"))
+    assert not experiment.path("features").exists()
+    assert not experiment.path("more/inside").exists()
+    assert experiment.path("others", "file").exists()
+
+
+def test_a_step_interrupted_while_its_folders_are_emptied_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = make(tmp_path / "exp")
+    run(experiment, "corpus", text="one")
+    run(experiment, "prepare", ("corpus",))
+    run(experiment, "corpus", text="two")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            experiment.begin("prepare", ("corpus",), clear=("prepare",))
+    run(experiment, "corpus", text="one")  # as it was when prepare was done
+    assert not experiment.is_done("prepare", ("corpus",))
+
+
+def test_two_folders_with_the_same_results_have_the_same_records_and_hashes(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "a"), make(tmp_path / "b" / "c")
+    for experiment in (first, second):
+        run(experiment, "corpus", text="one")
+        run(experiment, "prepare", ("corpus",), text="two")
+    assert first.hashes() == second.hashes()
+    assert list(first.hashes()) == ["corpus/result.txt", "prepare/result.txt"]
+    assert first.hashes()["corpus/result.txt"] == hash_file(first.path("corpus", "result.txt"))
+    for step in ("corpus", "prepare"):
+        name = f"steps/{step}.json"
+        assert first.path(name).read_bytes() == second.path(name).read_bytes()
+    run(second, "prepare", ("corpus",), text="three")
+    assert first.hashes() != second.hashes()
+
+
+def test_data_that_were_brought_along_are_recorded_without_the_place_where_they_lie(tmp_path: Path) -> None:
+    data = tmp_path / "elsewhere"
+    (data / "human").mkdir(parents=True)
+    (data / "human" / "cuts").write_text("x")
+    experiment = make(tmp_path / "exp", data=Data(folder=str(data)))
+    experiment.begin("corpus", ())
+    experiment.finish("corpus", [data / "human" / "cuts"])
+    assert list(experiment.hashes()) == ["data/human/cuts"]
+
+
+def test_a_reader_sees_the_old_text_or_the_new_and_no_other_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    write_text(tmp_path / "a", "new\n")
+    write_json(tmp_path / "b", {"z": 1, "a": [2]})
+    assert (tmp_path / "a").read_bytes() == b"new\n"
+    assert json.loads((tmp_path / "b").read_text()) == {"a": [2], "z": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -1,0 +1,67 @@
+"""Imports point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    "config features lexicon senones decision_tree language_model grammar speakers noise "
+    "losses models posteriors schedule progress scoring wheels",
+    "checkpoint packed_index packed manifests experiment store batches training_log kaldi_tree graph",
+    "espeak pronunciation recording corpus prepare align tie workers train trainings label decode evaluate dry_run "
+    "report report_data report_figures report_page report_sections",
+    "run cli __main__",
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
+MODULES = sorted(path.stem for path in (ROOT / "teacherstudent").glob("*.py") if path.stem != "__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import absolutely"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def own_modules(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imported(path)]
+    return {name[1] for name in parts if name[0] == "teacherstudent" and len(name) > 1}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "distributed").glob("*.py")), ids=lambda path: path.stem)
+def test_distributed_imports_nothing_of_ours_but_itself(path: Path) -> None:
+    assert own_modules(path) <= {"distributed"}
+    assert not any(name.split(".")[0] == "distributed" for name in imported(path))
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(MODULES) - {"distributed"} == set(LAYER)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_its_own_layer_or_below(module: str) -> None:
+    for name in own_modules(ROOT / "teacherstudent" / f"{module}.py") - {"distributed"}:
+        assert name in LAYER, f"{module} imports {name}, which is no module"
+        assert LAYER[name] <= LAYER[module], f"{module} imports {name}, which is above it"
+
+
+def test_no_module_imports_another_in_a_circle() -> None:
+    graph = {name: own_modules(ROOT / "teacherstudent" / f"{name}.py") - {"distributed"} for name in MODULES}
+    while graph:
+        free = [name for name, needs in graph.items() if not needs & graph.keys()]
+        assert free, f"a circle among {sorted(graph)}"
+        for name in free:
+            del graph[name]
+
+
+def test_nothing_of_the_science_is_named_in_the_train_loop() -> None:
+    text = (ROOT / "teacherstudent" / "train.py").read_text(encoding="utf-8").lower()
+    assert "gtc" not in text
+    assert "bmuf" not in text

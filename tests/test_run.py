@@ -1,0 +1,154 @@
+"""The whole way: every step on the one before, the same contents everywhere, under every launcher."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, run, teacherstudent
+
+from teacherstudent.experiment import hash_file
+from teacherstudent.packed import open_shards
+from teacherstudent.senones import Inventory
+from teacherstudent.store import TargetStore
+
+STUDENTS = ("human-only", "gtc", "bmuf")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "hashes.json").read_text())
+
+
+def copy_without(experiment: Path, folder: Path, *steps: str) -> Path:
+    """The experiment in another folder, as if these steps had not run."""
+    shutil.copytree(experiment, folder)
+    for step in steps:
+        (folder / "steps" / f"{step}.json").unlink()
+        shutil.rmtree(folder / step.replace("student-", "students/"), ignore_errors=True)
+    return folder
+
+
+def test_run_leaves_a_report_word_error_rates_and_the_hash_of_every_artefact(tiny_experiment: Path) -> None:
+    assert (tiny_experiment / "report.html").stat().st_size > 10_000
+    systems = json.loads((tiny_experiment / "evaluate" / "results.json").read_text())["systems"]
+    assert set(systems) == {"teacher", "human-only-final", "human-only-early", "gtc", "bmuf"}
+    for system in systems.values():
+        assert set(system["conditions"]) == {"all", "clean", "10dB"}
+    listed = hashes(tiny_experiment)
+    for name, value in listed.items():
+        assert hash_file(tiny_experiment / name) == value
+    for needed in ("corpus/human/cuts.000000.jsonl", "targets/targets.000000.h5", "evaluate/results.json"):
+        assert needed in listed
+    assert {f"students/{name}/best.pt" for name in STUDENTS} <= set(listed)
+
+
+def test_the_same_experiment_in_another_folder_has_the_same_contents(
+    tiny_experiment: Path, tmp_path: Path
+) -> None:
+    done = teacherstudent(
+        "run", TINY, f"folder={tmp_path / 'else where'}", "corpus.jobs=1", "features.jobs=1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "else where") == hashes(tiny_experiment)
+
+
+def test_no_artefact_tells_where_it_was_made(tiny_experiment: Path) -> None:
+    place = str(tiny_experiment).encode()
+    for name in hashes(tiny_experiment):
+        assert place not in (tiny_experiment / name).read_bytes(), name
+
+
+def test_shard_i_of_cuts_features_and_targets_hold_the_same_utterances_in_the_same_order(
+    tiny_experiment: Path,
+) -> None:
+    features = open_shards(tiny_experiment / "features" / "unlabelled", "features")
+    targets = open_shards(tiny_experiment / "targets", "targets")
+    cuts = sorted((tiny_experiment / "corpus" / "unlabelled").glob("cuts.*.jsonl"))
+    assert len(features) == len(targets) == len(cuts) > 1
+    for path, values, labels in zip(cuts, features, targets):
+        names = tuple(json.loads(line)["id"] for line in path.read_text().splitlines())
+        assert values.ids == labels.ids == names
+        assert np.array_equal(values.num_frames, labels.num_frames)
+
+
+def test_targets_are_distributions_over_the_senones_of_the_inventory(tiny_experiment: Path) -> None:
+    num_senones = Inventory.load(tiny_experiment / "senones" / "inventory.json").num_senones
+    store = TargetStore(tiny_experiment / "targets")
+    for name, ids, log_posteriors in store.iter_shard(0):
+        assert ids.shape == log_posteriors.shape, name
+        assert ids.min() >= 0
+        assert ids.max() < num_senones
+        assert np.allclose(np.exp(log_posteriors).sum(axis=1), 1, atol=1e-5)
+
+
+def test_a_second_run_does_nothing_and_changes_nothing(tiny_experiment: Path, tmp_path: Path) -> None:
+    folder = copy_without(tiny_experiment, tmp_path / "again")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+    done = teacherstudent("run", TINY, f"folder={folder}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done before") == 12 - 1 + (len(STUDENTS) - 3)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")} == before
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+@pytest.mark.parametrize("student", ["gtc", "bmuf"])
+def test_a_launched_student_equals_the_one_trained_by_in_process_workers(
+    tiny_experiment: Path, tmp_path: Path, launcher: str, student: str
+) -> None:
+    folder = copy_without(tiny_experiment, tmp_path / "launched", f"student-{student}", "evaluate", "report")
+    script = ROOT / "launch" / f"{launcher}.sh"
+    done = run([str(script), "2", "student", str(TINY), f"folder={folder}", f"student.only={student}"])
+    assert done.returncode == 0, done.stderr
+    for name in ("best.pt", "final.pt", "log.jsonl"):
+        path = f"students/{student}/{name}"
+        assert hash_file(folder / path) == hashes(tiny_experiment)[path]
+
+
+def test_the_whole_run_under_torchrun_gives_the_same_contents(tiny_experiment: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "launched"
+    done = run([str(ROOT / "launch" / "torchrun.sh"), "2", "run", str(TINY), f"folder={folder}"])
+    assert done.returncode == 0, done.stderr
+    assert hashes(folder) == hashes(tiny_experiment)
+
+
+def test_an_error_of_one_launched_worker_ends_all_of_them(tiny_experiment: Path, tmp_path: Path) -> None:
+    folder = copy_without(tiny_experiment, tmp_path / "broken", "student-gtc", "evaluate", "report")
+    (folder / "targets" / "targets.000000.h5").write_bytes(b"not a store")
+    done = run([str(ROOT / "launch" / "torchrun.sh"), "2", "student", str(TINY), f"folder={folder}"])
+    assert done.returncode != 0
+    assert "targets.000000.h5" in done.stderr
+
+
+def run_killed_at_random(folder: Path, random: np.random.Generator, longest_seconds: float) -> bool:
+    """Start `run` and kill it, and all its processes, after a random time. Returns whether it was still at work."""
+    command = [sys.executable, "-m", "teacherstudent", "run", str(TINY), f"folder={folder}"]
+    with subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + random.uniform(0, longest_seconds)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # the moment of the kill is what is random; nothing is waited for
+        at_work = process.poll() is None
+        if at_work:
+            os.killpg(process.pid, signal.SIGKILL)
+    return at_work
+
+
+@pytest.mark.parametrize(
+    ("kills", "seed"), [(2, 0), *(pytest.param(10, seed, marks=pytest.mark.soak) for seed in (1, 2))]
+)
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(
+    tiny_experiment: Path, tmp_path: Path, kills: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    num_killed = sum(run_killed_at_random(tmp_path / "killed", random, 30) for _ in range(kills))
+    assert num_killed > 0
+    done = teacherstudent("run", TINY, f"folder={tmp_path / 'killed'}")
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "killed") == hashes(tiny_experiment)

@@ -1,0 +1,122 @@
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacherstudent.scoring import compare, count_errors, score
+
+kaldialign = pytest.importorskip("kaldialign")
+words = st.lists(st.sampled_from("abc"), max_size=6)
+
+
+def edit_distance(reference, hypothesis):
+    row = list(range(len(hypothesis) + 1))
+    for i, word in enumerate(reference, 1):
+        before, row = row, [i]
+        for j, other in enumerate(hypothesis, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (word != other)))
+    return row[-1]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(words, words), max_size=5))
+def test_errors_are_the_edit_distance_and_account_for_both_lengths(pairs):
+    counts = count_errors([r for r, _ in pairs], [h for _, h in pairs])
+    assert counts.shape == (len(pairs), 4)
+    for (reference, hypothesis), (total, substitutions, insertions, deletions) in zip(pairs, counts.tolist()):
+        assert total == len(reference)
+        assert substitutions + insertions + deletions == edit_distance(reference, hypothesis)
+        assert total - deletions + insertions == len(hypothesis)
+
+
+def test_the_rate_is_over_all_words_and_not_a_mean_of_rates():
+    references = [["a"], ["a", "b", "c", "d"], []]
+    found = score(references, [["b"], ["a", "b", "c"], ["x"]], samples=10)
+    assert (found.words, found.substitutions, found.insertions, found.deletions) == (5, 1, 1, 1)
+    assert found.word_error_rate == pytest.approx(3 / 5)
+
+
+def made(seed, num_utterances, error_rate):
+    """References of ten words each, and hypotheses with that share substituted."""
+    generator = np.random.default_rng(seed)
+    references = [["w"] * 10 for _ in range(num_utterances)]
+    wrong = generator.random((num_utterances, 10)) < error_rate
+    return references, [["x" if is_wrong else "w" for is_wrong in row] for row in wrong]
+
+
+def test_the_interval_is_that_of_an_independent_bootstrap():
+    references, hypotheses = made(0, 200, 0.2)
+    found = score(references, hypotheses, samples=4000)
+    theirs = kaldialign.bootstrap_wer_ci(references, hypotheses, replications=2000)
+    assert found.low == pytest.approx(theirs["ci95min"], abs=0.004)
+    assert found.high == pytest.approx(theirs["ci95max"], abs=0.004)
+
+
+def test_the_interval_holds_the_truth_about_95_times_in_100():
+    held = 0
+    for seed in range(200):
+        found = score(*made(seed, 60, 0.2), samples=300)
+        held += found.low <= 0.2 <= found.high
+    assert 180 <= held <= 199
+
+
+def test_an_interval_over_speakers_is_wider_when_speakers_differ():
+    references, hypotheses, speakers = [], [], []
+    for speaker, rate in enumerate(np.linspace(0.05, 0.5, 10)):
+        some = made(speaker, 30, rate)
+        references += some[0]
+        hypotheses += some[1]
+        speakers += [speaker] * 30
+    alone, blocked = score(references, hypotheses), score(references, hypotheses, speakers)
+    assert blocked.word_error_rate == alone.word_error_rate
+    assert blocked.high - blocked.low > 2 * (alone.high - alone.low)
+
+
+def test_a_comparison_is_paired():
+    """Both systems fail on the same hard utterances: each one's rate is unsure, their difference is not."""
+    references = [["w"] * 10 for _ in range(100)]
+    baseline = [["x"] * 10 if hard else ["x", *["w"] * 9] for hard in np.arange(100) % 5 == 0]
+    better = [["x"] * 9 + ["w"] if row[1] == "x" else row for row in baseline]
+    found = compare(references, baseline, better)
+    assert found.relative_reduction == pytest.approx(20 / 280)
+    assert found.low > 0.04
+    assert found.high < 0.1
+    assert found.probability_better == 1.0
+    intervals = [score(references, hypotheses) for hypotheses in (baseline, better)]
+    assert intervals[0].low < intervals[1].high
+
+
+def test_a_system_compared_with_itself_gains_nothing():
+    references, hypotheses = made(1, 50, 0.3)
+    found = compare(references, hypotheses, hypotheses)
+    assert (found.relative_reduction, found.low, found.high, found.probability_better) == (0, 0, 0, 0)
+
+
+def test_a_perfect_baseline_cannot_be_improved():
+    references, worse = made(2, 20, 0.5)
+    assert compare(references, references, worse).relative_reduction == -np.inf
+    assert compare(references, references, references).relative_reduction == 0
+    assert compare(references, worse, references).relative_reduction == 1
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
+    data = made(3, 40, 0.3)
+    assert score(*data, seed=1) == score(*data, seed=1)
+    assert score(*data, seed=1, samples=50) != score(*data, seed=2, samples=50)
+
+
+def test_what_cannot_be_scored_is_an_error():
+    with pytest.raises(ValueError, match="got 1 hypotheses for 2 references"):
+        count_errors([["a"], ["b"]], [["a"]])
+    with pytest.raises(ValueError, match="no reference words"):
+        score([[]], [["a"]])
+    with pytest.raises(ValueError, match="got 1 blocks for 2 utterances"):
+        score([["a"], ["b"]], [["a"], ["b"]], blocks=["s"])
+
+
+def test_without_the_wheel_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kaldialign", None)
+    with pytest.raises(ValueError, match=r"pip install 'teacherstudent\[decode\]'"):
+        count_errors([["a"]], [["a"]])
