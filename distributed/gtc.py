@@ -18,6 +18,9 @@ from teacherstudent.distributed.communicators import Communicator
 from teacherstudent.distributed.flat import Bucket
 from teacherstudent.distributed.optimizers import DistributedOptimizer, max_magnitude, scale_of, set_gradient
 from teacherstudent.distributed.thresholds import (
+    HIGHEST_THRESHOLD,
+    LOWEST_LEVEL,
+    LOWEST_THRESHOLD,
     DensityController,
     FixedThreshold,
     MeanDensity,
@@ -26,7 +29,8 @@ from teacherstudent.distributed.thresholds import (
 )
 
 DEFAULT_DENSITY = 1e-3
-HIGHEST_THRESHOLD, LOWEST_THRESHOLD = 1e30, 1e-30  # well inside float32
+# Of all ranks together, for one element in one step: then the sum of counts, and it times τ, are exact in float32.
+MOST_QUANTA = 2**20
 
 
 class GTC(DistributedOptimizer):
@@ -40,6 +44,9 @@ class GTC(DistributedOptimizer):
     density    the share of elements to send, held by a controller on which all ranks agree (default 1e-3). A weight
                then moves about once in a thousand steps: runs under a few thousand steps want 1e-2.
     threshold  a fixed τ instead, in update units; moved to the nearest value of the form above, with a warning.
+    multi_quantum  an element sends all its ⌊|r|/τ⌋ quanta at once, not one a step. Where a few gradients are far
+               larger than most (output biases, early in a training) one quantum a step starves just those: their
+               residuals grow to thousands of τ and the training all but stands still.
 
     **Update units.** r accumulates lr·s·g, what the weights would have moved by, and not gradients: a residual
     earned at one learning rate is applied at just that rate, however the rate moves before it is sent, without the
@@ -62,18 +69,20 @@ class GTC(DistributedOptimizer):
         *,
         density: float | None = None,
         threshold: float | None = None,
+        multi_quantum: bool = False,
         initial_weights: str = "broadcast",
     ) -> None:
         problems = find_problems(density, threshold)
         if any("lr" not in group for group in optimizer.param_groups):
             problems.append("GTC needs an optimizer whose parameter groups have a learning rate 'lr'")
-        settings = {"density": density, "threshold": threshold}
+        settings = {"density": density, "threshold": threshold, "multi_quantum": multi_quantum}
         super().__init__(optimizer, comm, settings, problems, initial_weights)
         self._controller: DensityController | FixedThreshold
         if threshold is None:
             self._controller = DensityController(DEFAULT_DENSITY if density is None else density)
         else:
             self._controller = FixedThreshold(move_to_level(threshold))
+        self._most_quanta = MOST_QUANTA // comm.size if multi_quantum else 1
         self._density = DEFAULT_DENSITY if density is None else density
         self._mean_density = MeanDensity()
         self._num_elements = sum(bucket.num_elements for bucket in self._buckets)
@@ -113,38 +122,38 @@ class GTC(DistributedOptimizer):
             accumulate(bucket, residual, [rate * share for rate in rates])
         if self._controller.level is None:
             self._controller.level = self._propose_level()
-        num_quanta = 0
+        num_sent = 0
         for number, residual in enumerate(self._residuals):
             aggregate = torch.zeros_like(residual)
             if self._controller.level is not None:
-                num_quanta += self._exchange_quanta(number, aggregate, rates)
+                num_sent += self._exchange_quanta(number, aggregate, rates)
             write_gradients(self._buckets[number], aggregate, rates, agreed.present)
         if self._controller.level is not None and any(rates):
-            density = num_quanta / (self.comm.size * self._num_elements)
+            density = num_sent / (self.comm.size * self._num_elements)
             self._mean_density.add(density)
             self._controller.update(density)
         self.inner.step()
 
     def _exchange_quanta(self, number: int, aggregate: Tensor, rates: list[float]) -> int:
-        """Send this rank's quanta, put fl(τ·c)/N into `aggregate`, and return how many quanta there were."""
+        """Send this rank's quanta, put fl(τ·c)/N into `aggregate`, and return how many elements were sent."""
         assert self._controller.level is not None
         bucket, threshold = self._buckets[number], threshold_at(self._controller.level)
         step = int(self._counters["steps"])
         place = codec.Place(step, number, bucket.num_elements, threshold, rates_checksum(rates))
-        quanta = fire_active(bucket, self._residuals[number], threshold, rates)
-        self._counters["quanta_sent"] += len(quanta)
+        quanta = fire_active(bucket, self._residuals[number], threshold, rates, self._most_quanta)
+        self._counters["quanta_sent"] += int(quanta.counts.abs().sum())
         with self._exchanging():
             messages = self.comm.all_gather(codec.encode(quanta, place))
-        num_quanta = 0
+        num_sent = 0
         for rank, message in enumerate(messages):
             try:
                 received = codec.decode(message, place)
             except ValueError as error:
                 raise ValueError(f"the GTC message of rank {rank} cannot be used: {error}") from error
             codec.add(received, aggregate)
-            num_quanta += len(received)
+            num_sent += len(received)
         aggregate.mul_(threshold).div_(self.comm.size)
-        return num_quanta
+        return num_sent
 
     def _rates(self) -> list[float]:
         """The learning rates of the parameter groups, as they are now."""
@@ -164,7 +173,7 @@ class GTC(DistributedOptimizer):
         proposals = torch.tensor([nearest_level(smallest_sent) if found else 0, int(found)])
         with self._exchanging():
             total, num_found = self.comm.all_reduce(proposals).tolist()
-        return total // num_found if num_found else None
+        return max(LOWEST_LEVEL, total // num_found) if num_found else None
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 
@@ -201,7 +210,7 @@ def find_problems(density: float | None, threshold: float | None) -> list[str]:
         problems.append("give density or threshold, not both")
     if density is not None and not 0 < density < 1:
         problems.append(f"density is {density!r}; give a share of elements between 0 and 1, such as 1e-3")
-    if threshold is not None and not LOWEST_THRESHOLD < threshold < HIGHEST_THRESHOLD:
+    if threshold is not None and not LOWEST_THRESHOLD <= threshold <= HIGHEST_THRESHOLD:
         problems.append(
             f"threshold is {threshold!r}; give a positive number in update units (lr times gradient)"
         )
@@ -231,17 +240,19 @@ def accumulate(bucket: Bucket, residual: Tensor, scales: list[float]) -> None:
             piece.of(residual).add_(update)
 
 
-def fire_active(bucket: Bucket, residual: Tensor, threshold: float, rates: list[float]) -> codec.Quanta:
+def fire_active(
+    bucket: Bucket, residual: Tensor, threshold: float, rates: list[float], most: int
+) -> codec.Quanta:
     """The quanta of all parameters whose learning rate is not 0."""
     active = [piece for piece in bucket.pieces if rates[piece.group]]
     if len(active) == len(bucket.pieces):
-        return codec.fire(residual, threshold)
+        return codec.fire(residual, threshold, most)
     parts = [codec.fire(residual[:0], threshold)]
     for piece in active:
-        part = codec.fire(residual[piece.start : piece.stop], threshold)
-        parts.append(codec.Quanta(part.indices + piece.start, part.negative))
+        part = codec.fire(residual[piece.start : piece.stop], threshold, most)
+        parts.append(codec.Quanta(part.indices + piece.start, part.counts))
     return codec.Quanta(
-        torch.cat([part.indices for part in parts]), torch.cat([part.negative for part in parts])
+        torch.cat([part.indices for part in parts]), torch.cat([part.counts for part in parts])
     )
 
 

@@ -25,6 +25,11 @@ def nearest_level(value: float) -> int:
     return exponent * LEVELS_PER_OCTAVE + round(math.ldexp(value, -exponent)) - 8
 
 
+# Well inside float32, so that residuals and counts times τ are too.
+LOWEST_THRESHOLD, HIGHEST_THRESHOLD = 2.0**-100, 2.0**100
+LOWEST_LEVEL, HIGHEST_LEVEL = nearest_level(LOWEST_THRESHOLD), nearest_level(HIGHEST_THRESHOLD)
+
+
 class FixedThreshold:
     """The same threshold for the whole training."""
 
@@ -47,7 +52,8 @@ class DensityController:
     It sees only densities over all ranks, which every rank reads from the same messages, so that all ranks move
     alike. Raising the threshold silences elements for a while; lowering it releases at once all those that wait
     between the two thresholds, hence the smaller steps down. Where gradients are mostly noise the density goes as
-    1/τ², which makes GAIN levels per octave of density a cautious half of what would be needed.
+    1/τ², which makes GAIN levels per octave of density a cautious half of what would be needed. Where nothing is
+    left to send, the level stops at LOWEST_LEVEL.
     """
 
     MEMORY_STEPS = 10
@@ -75,9 +81,10 @@ class DensityController:
         if abs(octaves) <= math.log2(self.TOLERANCE):
             return
         if octaves > 0:
-            self.level += min(self.MAX_LEVELS_UP, max(1, round(self.GAIN * octaves)))
+            move = min(self.MAX_LEVELS_UP, max(1, round(self.GAIN * octaves)))
         else:
-            self.level -= min(self.MAX_LEVELS_DOWN, max(1, round(-self.GAIN * octaves / 2)))
+            move = -min(self.MAX_LEVELS_DOWN, max(1, round(-self.GAIN * octaves / 2)))
+        self.level = min(HIGHEST_LEVEL, max(LOWEST_LEVEL, self.level + move))
         self._steps_since_move = 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -101,6 +101,7 @@ class Optimisation:
     clip_norm: float = 1.0  # of each worker's gradient, before any exchange
     batch_frames: int = 4000  # frames of 30 ms a worker takes in one step
     density: float = 1e-3  # gtc: share of gradient elements sent
+    multi_quantum: bool = False  # gtc: send all that has grown past the threshold, not one quantum a step
     block_steps: int = 50  # bmuf
     block_momentum: float | None = None  # bmuf: default 1 - 1/workers
 

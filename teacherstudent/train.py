@@ -74,7 +74,7 @@ def train(comm: Communicator, training: Training, sources: Mapping[str, Source],
             progress.step += 1
             progress.frames += batch.num_frames
             log.add(now, loss, errors, batch.num_frames)
-            log.step(progress.step, _hours(progress, comm), optimizer.metrics())
+            log.step(progress.step, _hours(progress, comm), optimizer.metrics)
             bar.update(batch.num_frames * comm.size * FRAME_SHIFT_SECONDS, loss=log.latest)
             if progress.step % validate_every == 0 or progress.step == len(plan):
                 if progress.step == len(plan):

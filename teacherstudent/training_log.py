@@ -1,7 +1,7 @@
 """log.jsonl of a training: means per source over the last steps, and every validation. Written by one worker."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ class TrainingLog:
         sums.errors += errors or 0
         sums.num_frames += num_frames
 
-    def step(self, step: int, hours: float, metrics: Mapping[str, Any]) -> None:
+    def step(self, step: int, hours: float, measure: Callable[[], Mapping[str, Any]]) -> None:
         """Every few steps, a line for each source."""
         if step % EVERY_STEPS:
             return
+        metrics = measure()
         for source, sums in self._sums.items():
             if sums.num_frames:
                 self.latest = f"{sums.loss / sums.num_frames:.3f}"

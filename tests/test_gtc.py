@@ -71,7 +71,17 @@ def as_rational(tensor: torch.Tensor) -> list[Fraction]:
 # ---- conservation ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"density": 0.05}, {"density": 0.4}, {"threshold": 0.125}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.05},
+        {"density": 0.4},
+        {"threshold": 0.125},
+        {"density": 0.05, "multi_quantum": True},
+        {"threshold": 0.125, "multi_quantum": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_step_conserves_every_element_bit_for_bit(
     options: dict[str, float], dtype: torch.dtype
@@ -97,7 +107,8 @@ def test_every_step_conserves_every_element_bit_for_bit(
             grown = torch.from_numpy(before.numpy() + earned)
             quanta = (grown.double() - worker.residual.double()) / threshold
             due = (grown.abs() >= threshold) & (rate > 0)
-            assert torch.equal(quanta, torch.where(due, grown.sign(), 0).double())
+            whole = (grown.double().abs() / threshold).floor() if options.get("multi_quantum") else 1
+            assert torch.equal(quanta, torch.where(due, grown.sign().double() * whole, 0))
             assert torch.equal(grown.double(), worker.residual.double() + quanta * threshold)
             ledger = [
                 owed + after - had - sent
@@ -116,6 +127,31 @@ def test_every_step_conserves_every_element_bit_for_bit(
     assert all(
         thresholds == seen[0][1] and (len(thresholds) > 1) == ("density" in options) for _, thresholds in seen
     )
+
+
+def test_with_many_quanta_a_step_no_residual_outgrows_the_threshold_and_the_weights_follow_plain_sgd() -> (
+    None
+):
+    """Where one quantum a step falls behind: gradients of a thousand thresholds, in a few elements."""
+
+    def work(comm: Communicator, multi_quantum: bool) -> tuple[float, float]:
+        worker = Worker(comm, threshold=0.125, multi_quantum=multi_quantum)
+        followed = torch.zeros(NUM_ELEMENTS, dtype=torch.float64)
+        for step in range(30):
+            gradients = [gradient_of(rank, step) for rank in range(comm.size)]
+            for gradient in gradients:
+                gradient[:5] += 1000.0
+            worker.step(gradients[comm.rank], rate=0.5)
+            followed -= 0.5 * torch.stack(gradients).double().mean(dim=0)
+        behind = (worker.parameter.detach().double() - followed).abs().max()
+        return float(behind), float(worker.residual.abs().max())
+
+    for behind, residual in in_process(2, lambda comm: work(comm, True)):
+        assert residual < 0.125
+        assert behind < 0.125 + 0.01  # what all workers still hold, on average, and rounding
+    for behind, residual in in_process(2, lambda comm: work(comm, False)):
+        assert residual > 1000
+        assert behind > 1000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -109,3 +109,20 @@ def test_a_worker_that_never_comes_is_named_and_the_launch_fails(launcher: str) 
     done = launch(launcher, WORKERS / "failing.py", "late", timeout_seconds=60)
     assert done.returncode != 0
     assert "rank 0 waited for rank 1 until the deadline passed" in done.stderr
+
+
+@launchers
+def test_the_launch_scripts_start_the_command_line_on_all_workers(launcher: str, tmp_path: Path) -> None:
+    script = [str(ROOT / "launch" / f"{launcher}.sh"), "2"]
+    explained = subprocess.run(script, capture_output=True, text=True)
+    assert explained.returncode == 2 and "NUM_WORKERS STEP conf.toml" in explained.stderr
+    command = [
+        *script,
+        "teacher",
+        str(ROOT / "tests" / "tiny.toml"),
+        f"folder={tmp_path}/no",
+        "distributed.worker=1",
+    ]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert refused.returncode != 0
+    assert "distributed.worker" in refused.stderr + refused.stdout

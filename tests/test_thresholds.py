@@ -7,7 +7,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.distributed.thresholds import nearest_level, threshold_at
+from teacherstudent.distributed.thresholds import (
+    LOWEST_THRESHOLD,
+    DensityController,
+    nearest_level,
+    threshold_at,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -31,3 +36,15 @@ def test_subtracting_a_threshold_and_counting_it_is_exact_in_float32(
         threshold
     )
     assert Fraction(float(np.float32(count) * np.float32(threshold))) == count * Fraction(threshold)
+
+
+def test_with_nothing_left_to_send_the_threshold_stops_where_float32_still_holds_it() -> None:
+    controller = DensityController(1e-3)
+    controller.level = nearest_level(1e-3)
+    for _ in range(3000):
+        controller.update(0.0)
+    assert threshold_at(controller.level) == LOWEST_THRESHOLD
+    before = controller.level
+    for _ in range(20):
+        controller.update(0.5)
+    assert controller.level > before
