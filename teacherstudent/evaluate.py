@@ -4,6 +4,8 @@ The acoustic scale of each system is chosen on the development speakers; the tes
 """
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +76,7 @@ def evaluate(experiment: Experiment) -> list[Path]:
     with hours_bar(seconds, "decode") as bar:
         for system in systems:
             decoder = _SystemDecoder(experiment, system, graph, inventory.log_priors, bar)
-            scale, dev_error = _choose_scale(decoder, dev)
+            scale, dev_rate, dev_error = _choose_scale(decoder, dev)
             decoded, test_error = decoder.decode(TEST, [scale])
             words[system.name] = [decoded[scale][utterance.id].words for utterance in test]
             scores[system.name] = {
@@ -82,6 +84,7 @@ def evaluate(experiment: Experiment) -> list[Path]:
                 "label": system.label,
                 "parameters": sum(parameter.numel() for parameter in decoder.model.parameters()),
                 "acoustic_scale": scale,
+                "dev_word_error_rate": dev_rate,
                 "frame_error": {DEV: dev_error, TEST: test_error},
                 "partial": sum(hypothesis.partial for hypothesis in decoded[scale].values()),
                 "conditions": _score_conditions(experiment, test, words[system.name]),
@@ -149,9 +152,9 @@ class _SystemDecoder:
                 self.bar.update(len(posteriors) * FRAME_SHIFT_SECONDS)
 
 
-def _choose_scale(decoder: _SystemDecoder, dev: Sequence[Utterance]) -> tuple[float, float]:
-    """The acoustic scale with the fewest word errors on the development speakers, of equals the lowest; and the
-    senone frame error there.
+def _choose_scale(decoder: _SystemDecoder, dev: Sequence[Utterance]) -> tuple[float, float, float]:
+    """The acoustic scale with the fewest word errors on the development speakers, of equals the lowest; the word
+    error rate with it, and the senone frame error, both in per cent.
     """
     decoded, frame_error = decoder.decode(DEV, decoder.experiment.config.decode.acoustic_scales)
     references = [utterance.words for utterance in dev]
@@ -159,7 +162,8 @@ def _choose_scale(decoder: _SystemDecoder, dev: Sequence[Utterance]) -> tuple[fl
         scale: count_errors(references, [hypotheses[utterance.id].words for utterance in dev])[:, 1:].sum()
         for scale, hypotheses in decoded.items()
     }
-    return min(errors, key=lambda scale: (errors[scale], scale)), frame_error
+    scale = min(errors, key=lambda scale: (errors[scale], scale))
+    return scale, 100 * float(errors[scale]) / sum(map(len, references)), frame_error
 
 
 def _score_conditions(
@@ -169,7 +173,7 @@ def _score_conditions(
     config = experiment.config
     found = list(dict.fromkeys(utterance.condition for utterance in test))
     rows = {}
-    for condition in dict.fromkeys(["all", *found]):
+    for condition in dict.fromkeys(["all", *sorted(found, key=_quietest_first)]):
         chosen = [index for index, utterance in enumerate(test) if condition in ("all", utterance.condition)]
         result = score(
             [test[index].words for index in chosen],
@@ -188,6 +192,14 @@ def _score_conditions(
             "interval": [100 * result.low, 100 * result.high],
         }
     return rows
+
+
+def _quietest_first(condition: str) -> tuple[float, str]:
+    """ "clean", then "20dB", "10dB"; other fields of the cuts by name, after these."""
+    decibels = re.fullmatch(r"(-?[\d.]+)dB", condition)
+    if condition == "clean":
+        return -math.inf, condition
+    return (-float(decibels[1]), condition) if decibels else (math.inf, condition)
 
 
 def _compare(

@@ -143,4 +143,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, contents: Any) -> None:
-    write_text(path, json.dumps(contents, indent=1, sort_keys=True) + "\n")
+    """In the order given, which the caller makes the same every time."""
+    write_text(path, json.dumps(contents, indent=1) + "\n")

@@ -106,15 +106,13 @@ def _error_rates(findings: Findings) -> Html:
     systems, conditions = findings.systems, findings.conditions
     rows = [_table_row(row, conditions) for row in systems.values()]
     fields = ["all test speakers", *conditions[1:]]
-    head = ["System", *fields, "Frame error", "Parameters", "Real-time factor"]
+    head = ["System", *fields, "Frame error", "Parameters"]
     caption = (
         "Word error rate in percent, with its 95 % bootstrap interval. Frame error: share of frames whose best "
         "senone is another than the aligned one, on test and on development speakers. The acoustic scale of each "
         "system was chosen on the development speakers; test speakers choose nothing. The student "
         "with the fewest errors is marked."
     )
-    if results.get("settings_tried") is not None:
-        caption += f" Settings tried before these: {results['settings_tried']}."
     students = [name for name, row in systems.items() if row["kind"] == "student"]
     best = min(students, key=lambda name: systems[name]["conditions"]["all"]["word_error_rate"], default=None)
     table = html.table(head, rows, caption, None if best is None else list(systems).index(best))
@@ -143,8 +141,6 @@ def _table_row(row: Mapping[str, Any], conditions: list[str]) -> list[html.Text]
     dev = [html.element("small", f"dev {errors['dev']:.1f}")] if "dev" in errors else []
     cells.append(html.join([f"{errors['test']:.1f}", *dev]) if "test" in errors else "–")
     cells.append(_number(row["parameters"]))
-    factor = row.get("real_time_factor")
-    cells.append("–" if factor is None else f"{factor:.3g}")
     return cells
 
 
