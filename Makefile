@@ -34,7 +34,7 @@ test: $(INSTALLED) ## every law at its smallest size
 test-system: $(INSTALLED) ## what needs Debian packages or root
 	$(PYTEST) -m system
 
-soak: $(INSTALLED) ## the full counts of kills, faults and damages
+soak: $(INSTALLED) ## the full counts of kills and damages
 	$(PYTEST) -m soak
 
 check: $(INSTALLED) ## lint, format, types, links

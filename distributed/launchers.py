@@ -64,6 +64,11 @@ def connect(
     return _connect_torch(launch, device, timeout_seconds, reduction)
 
 
+def is_launched() -> bool:
+    """Whether torchrun, mpirun or srun started this process, be it as the only one."""
+    return read_launch(os.environ).launcher != "single"
+
+
 def read_launch(environ: Mapping[str, str]) -> Launch:
     """The innermost launcher: torchrun may run inside srun, and mpirun inside a Slurm allocation."""
     if any(name in environ for name in TORCHRUN[:3]):

@@ -30,4 +30,6 @@ def load(path: Path) -> Any:
             raise ValueError(f"{damaged} in it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and tensor readers each raise their own
-        raise ValueError(f"{path} cannot be read: {error}; remove it and train again") from None
+        raise ValueError(
+            f"{path} cannot be read: {error}; remove the folder of that training and train again"
+        ) from None

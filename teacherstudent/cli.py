@@ -31,11 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(sorted(words, key=lambda word: word.startswith("--")))
     try:
         return _store(options) if options.step == "store" else _run(options)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("TEACHERSTUDENT_TRACEBACK"):
             traceback.print_exc()
         print(f"teacherstudent: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("teacherstudent: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,6 +22,11 @@ _NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str:
 _RUNTIME = {"runtime": True}  # says where or how fast to run, never what comes out: may differ on a rerun
 
 
+def _require(holds: object, name: str, value: Any, needed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} = {value!r}: it must be {needed}")
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Speech made by espeak-ng: a voice-assistant grammar, many speakers, made noise. See corpus.py."""
@@ -105,6 +110,16 @@ class Optimisation:
     block_steps: int = 50  # bmuf
     block_momentum: float | None = None  # bmuf: default 1 - 1/workers
 
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
+        _require(self.batch_frames >= 1, "batch_frames", self.batch_frames, ">= 1")
+        _require(0 < self.density < 1, "density", self.density, "in (0, 1)")
+        _require(self.block_steps >= 1, "block_steps", self.block_steps, ">= 1")
+        momentum = self.block_momentum
+        _require(momentum is None or 0 <= momentum < 1, "block_momentum", momentum, "in [0, 1)")
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -119,6 +134,10 @@ class Label:
 
     k: int = 20
     batch_frames: int = 20000
+
+    def __post_init__(self) -> None:
+        _require(self.k >= 1, "label.k", self.k, ">= 1")
+        _require(self.batch_frames >= 1, "label.batch_frames", self.batch_frames, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,14 @@ class Decode:
     max_active: int = 7000
     bootstrap_samples: int = 1000
     jobs: int = field(default=2, metadata=_RUNTIME)
+
+    def __post_init__(self) -> None:
+        scales = self.acoustic_scales
+        _require(scales and min(scales) > 0, "decode.acoustic_scales", list(scales), "one or more, each > 0")
+        _require(self.beam > 0, "decode.beam", self.beam, "> 0")
+        _require(self.max_active >= 1, "decode.max_active", self.max_active, ">= 1")
+        _require(self.bootstrap_samples >= 1, "decode.bootstrap_samples", self.bootstrap_samples, ">= 1")
+        _require(self.jobs >= 1, "decode.jobs", self.jobs, ">= 1")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from teacherstudent import checkpoint
+from teacherstudent.config import Optimisation
 from teacherstudent.decode import Hypothesis, decode_many
 from teacherstudent.experiment import Experiment, write_json, write_text
 from teacherstudent.features import FRAME_SHIFT_SECONDS
@@ -38,6 +39,7 @@ class System:
     kind: str
     label: str
     model: Path
+    optimisation: Optimisation
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,31 @@ class Utterance:
     condition: str
     speaker: str
 
+    @property
+    def sentence(self) -> tuple[str, tuple[str, ...]]:
+        """The same in all conditions: drawn together for an interval, since its errors go together."""
+        return self.speaker, self.words
+
 
 def find_systems(experiment: Experiment) -> list[System]:
     """The teacher, every student at its best on the development speakers, and the human-only students twice:
     early-stopped there, and after as many updates as the others.
     """
-    systems = [System("teacher", "teacher", "teacher", experiment.path("teacher", "best.pt"))]
+    teacher = experiment.config.teacher.optimisation
+    systems = [System("teacher", "teacher", "teacher", experiment.path("teacher", "best.pt"), teacher)]
     for name, student in experiment.config.student_variants().items():
-        folder = experiment.path("students", name)
+        best, final = (experiment.path("students", name, file) for file in ("best.pt", "final.pt"))
+        rows = [(name, name, best)]
         if student.schedule.mode == "human-only":
-            final = System(f"{name}-final", "student", f"{name}, as many updates", folder / "final.pt")
-            early = System(f"{name}-early", "student", f"{name}, early-stopped", folder / "best.pt")
-            systems += [final, early]
-        else:
-            systems.append(System(name, "student", name, folder / "best.pt"))
+            rows = [
+                (f"{name}-final", f"{name}, as many updates", final),
+                (f"{name}-early", f"{name}, early-stopped", best),
+            ]
+        systems += [System(row, "student", label, model, student.optimisation) for row, label, model in rows]
+    names = [system.name for system in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two systems would be called {name!r}: rename that variant of the student")
     return systems
 
 
@@ -82,6 +95,8 @@ def evaluate(experiment: Experiment) -> list[Path]:
             scores[system.name] = {
                 "kind": system.kind,
                 "label": system.label,
+                "method": system.optimisation.method,
+                "learning_rate": system.optimisation.learning_rate,
                 "parameters": sum(parameter.numel() for parameter in decoder.model.parameters()),
                 "acoustic_scale": scale,
                 "dev_word_error_rate": dev_rate,
@@ -169,7 +184,7 @@ def _choose_scale(decoder: _SystemDecoder, dev: Sequence[Utterance]) -> tuple[fl
 def _score_conditions(
     experiment: Experiment, test: Sequence[Utterance], hypotheses: Sequence[Words]
 ) -> dict[str, dict[str, Any]]:
-    """Word errors over all of the test speakers, and by condition, with intervals over utterances."""
+    """Word errors over all of the test speakers, and by condition, with intervals over sentences."""
     config = experiment.config
     found = list(dict.fromkeys(utterance.condition for utterance in test))
     rows = {}
@@ -178,6 +193,7 @@ def _score_conditions(
         result = score(
             [test[index].words for index in chosen],
             [hypotheses[index] for index in chosen],
+            blocks=[test[index].sentence for index in chosen],
             samples=config.decode.bootstrap_samples,
             seed=config.seed,
         )
@@ -208,7 +224,7 @@ def _compare(
     test: Sequence[Utterance],
     words: Mapping[str, Sequence[Words]],
 ) -> dict[str, Any]:
-    """Each system with machine labels against the better of the human-only students, paired by utterance."""
+    """Each system with machine labels against the better of the human-only students, paired by sentence."""
     variants = experiment.config.student_variants()
     helped = [name for name in variants if name in scores]
     human_only = [name for name in scores if name not in helped and name != "teacher"]
@@ -222,6 +238,7 @@ def _compare(
             references,
             words[baseline],
             words[name],
+            blocks=[utterance.sentence for utterance in test],
             samples=experiment.config.decode.bootstrap_samples,
             seed=experiment.config.seed,
         )
@@ -242,13 +259,17 @@ def summary(results_path: Path) -> str:
     systems = results["systems"]
     conditions = list(next(iter(systems.values()))["conditions"])
     width = max(len(system["label"]) for system in systems.values())
-    lines = ["word error rate, % [95 % interval over utterances]", f"{'':{width}}" + _row(conditions)]
+    lines = [
+        "word error rate, % [95 % interval over sentences]",
+        f"{'':{width}}  learning rate" + _row(conditions),
+    ]
     for system in systems.values():
         cells = [
             "{:.1f} [{:.1f}, {:.1f}]".format(cell["word_error_rate"], *cell["interval"])
             for cell in (system["conditions"][condition] for condition in conditions)
         ]
-        lines.append(f"{system['label']:{width}}" + _row(cells))
+        rate = f"{system['learning_rate']:g} {system['method']}"
+        lines.append(f"{system['label']:{width}}{rate:>15}" + _row(cells))
     for found in results["comparisons"]:
         label, baseline = (systems[found[key]]["label"] for key in ("system", "baseline"))
         lines.append(

@@ -43,7 +43,9 @@ class Experiment:
                 )
         elif self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file: name a new folder (folder=OTHER)")
-        elif self.folder.is_dir() and any(path.name != "log" for path in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(
+            not path.name.startswith((".", "log")) for path in self.folder.iterdir()
+        ):
             raise ValueError(
                 f"{self.folder} is not empty and holds no experiment: name a new folder (folder=OTHER)"
             )

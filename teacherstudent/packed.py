@@ -10,6 +10,8 @@ import json
 import os
 import re
 import secrets
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,9 @@ from teacherstudent.packed_index import Index, Layout, block_checksums, naming, 
 
 BLOCK_FRAMES = 256  # frames under one checksum, and in one HDF5 chunk
 _BUFFER_BLOCKS = 16  # written, or read in order, at a time
+
+_OPEN_FILES = 64  # at a time and thread, however many shards there are
+_opened = threading.local()
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -205,10 +210,14 @@ class PackedShard:
 
     def close(self) -> None:
         """Close the file and forget its ids; the next use opens it again."""
+        self._close_file()
+        self._loaded = None
+
+    def _close_file(self) -> None:
         if self._file is not None and self._process_id == os.getpid():
             self._file.close()
         self._datasets.clear()
-        self._file = self._loaded = None
+        self._file = None
 
     @property
     def header(self) -> dict[str, Any]:
@@ -288,7 +297,17 @@ class PackedShard:
             with naming(self.path):
                 self._file = h5py.File(self.path, "r")
             self._process_id = os.getpid()
+        self._close_the_oldest()
         return self._file
+
+    def _close_the_oldest(self) -> None:
+        """Of this thread's open files, where there are too many; it is opened again when it is used again."""
+        if not hasattr(_opened, "shards"):
+            _opened.shards = OrderedDict()
+        _opened.shards[id(self)] = self
+        _opened.shards.move_to_end(id(self))
+        if len(_opened.shards) > _OPEN_FILES:
+            _opened.shards.popitem(last=False)[1]._close_file()
 
     def _dataset(self, name: str) -> h5py.Dataset:
         file = self._open()

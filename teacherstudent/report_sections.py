@@ -106,12 +106,12 @@ def _error_rates(findings: Findings) -> Html:
     systems, conditions = findings.systems, findings.conditions
     rows = [_table_row(row, conditions) for row in systems.values()]
     fields = ["all test speakers", *conditions[1:]]
-    head = ["System", *fields, "Frame error", "Parameters"]
+    head = ["System", "Learning rate", *fields, "Frame error", "Parameters"]
     caption = (
-        "Word error rate in percent, with its 95 % bootstrap interval. Frame error: share of frames whose best "
-        "senone is another than the aligned one, on test and on development speakers. The acoustic scale of each "
-        "system was chosen on the development speakers; test speakers choose nothing. The student "
-        "with the fewest errors is marked."
+        "Word error rate in percent, with its 95 % bootstrap interval over sentences. Frame error: share of "
+        "frames whose best senone is another than the aligned one, on test and on development speakers. The "
+        "acoustic scale of each system was chosen on the development speakers; test speakers choose nothing. The "
+        "student with the fewest errors is marked."
     )
     students = [name for name, row in systems.items() if row["kind"] == "student"]
     best = min(students, key=lambda name: systems[name]["conditions"]["all"]["word_error_rate"], default=None)
@@ -129,7 +129,8 @@ def _error_rates(findings: Findings) -> Html:
 
 
 def _table_row(row: Mapping[str, Any], conditions: list[str]) -> list[html.Text]:
-    cells: list[html.Text] = [row["label"]]
+    method = html.element("small", str(row["method"]))
+    cells: list[html.Text] = [row["label"], html.join([f"{row['learning_rate']:g}", method])]
     for condition in conditions:
         score = row["conditions"].get(condition)
         if score is None:
@@ -158,7 +159,7 @@ def _compared(results: Mapping[str, Any]) -> Html:
         for each in results["comparisons"]
     ]
     head = ["System", "Baseline", "Fewer word errors", "95 % interval"]
-    caption = "Paired bootstrap on the same test utterances; below zero: more errors than the baseline."
+    caption = "Paired bootstrap over the same test sentences; below zero: more errors than the baseline."
     return html.join([html.element("h3", "Against human labels alone"), html.table(head, rows, caption)])
 
 
@@ -273,11 +274,8 @@ def _commands(findings: Findings) -> Html:
         ),
         ("Ten times the unlabelled speech", [f"teacherstudent {_run(findings, f'{folder}-10x', *more)}"]),
         (
-            "The same on four processes, by torchrun or by MPI; under a launcher its processes are the workers",
-            [
-                f"torchrun --nproc-per-node=4 -m teacherstudent {launched['torchrun']}",
-                f"mpirun -n 4 python -m teacherstudent {launched['mpirun']}",
-            ],
+            "The same on four processes, by torchrun or by MPI, from a checkout; the processes are the workers",
+            [f"launch/torchrun.sh 4 {launched['torchrun']}", f"launch/mpirun.sh 4 {launched['mpirun']}"],
         ),
         (
             "Decode and score again",

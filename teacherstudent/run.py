@@ -1,24 +1,34 @@
 """The way through: every step, what it comes after, and who takes part in it."""
 
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from teacherstudent.align import align
+from teacherstudent.config import Network
 from teacherstudent.corpus import make_corpus
 from teacherstudent.distributed import Communicator
 from teacherstudent.evaluate import evaluate
 from teacherstudent.experiment import Experiment, write_json
+from teacherstudent.features import STACKED_FRAMES
 from teacherstudent.label import label
 from teacherstudent.manifests import PARTS, shard_paths
+from teacherstudent.models import num_parameters
 from teacherstudent.prepare import prepare
 from teacherstudent.report import write_report
+from teacherstudent.schedule import Plan
 from teacherstudent.tie import tie_senones
 from teacherstudent.trainings import train_student, train_teacher
 from teacherstudent.workers import run_workers
 
+COPIES = 6  # weights, gradients, momentum, and up to three buffers of the method
 Alone = Callable[[Experiment], list[Path]]
 Together = Callable[[Experiment, Communicator], list[Path]]
 
@@ -32,43 +42,50 @@ class Step:
     folders: tuple[str, ...]  # what it writes: emptied when what it reads has changed
     alone: Alone | None = None
     together: Together | None = None
+    network: Network | None = None  # that every worker trains
+    always: bool = False  # run it each time: it is quick, and looks at what may have changed outside
 
 
 def find_steps(experiment: Experiment, name: str) -> list[Step]:
     """The records that a step of the command line, or `run`, stands for, in order."""
     students = experiment.config.student_variants()
     only = experiment.config.student.only
+    teacher = experiment.config.teacher
+    Plan(teacher.schedule, teacher.optimisation.learning_rate)  # a bad schedule is found before anything runs
+    for student in students.values():
+        Plan(student.schedule, student.optimisation.learning_rate)
     labelled = ("prepare", "senones")
     trained = ("teacher", *(f"student-{student}" for student in students))
     steps = [
-        Step("corpus", (), ("corpus",), alone=_corpus),
+        Step("corpus", (), ("corpus",), alone=_corpus, always=bool(experiment.config.data.folder)),
         Step("prepare", ("corpus",), ("features",), alone=prepare),
         Step("align", ("corpus", "prepare"), ("align",), alone=align),
         Step("senones", ("prepare", "align"), ("senones",), alone=tie_senones),
-        Step("teacher", labelled, ("teacher",), together=train_teacher),
+        Step("teacher", labelled, ("teacher",), together=train_teacher, network=teacher.network),
         Step("label", ("prepare", "teacher"), ("targets",), together=label),
         *(
             Step(
-                f"student-{student}",
-                (*labelled, "label") if settings.schedule.mode != "human-only" else labelled,
-                (f"students/{student}",),
-                together=partial(train_student, name=student),
+                f"student-{student_name}",
+                (*labelled, "label") if student.schedule.mode != "human-only" else labelled,
+                (f"students/{student_name}",),
+                together=partial(train_student, name=student_name),
+                network=student.network,
             )
-            for student, settings in students.items()
-            if not only or student == only
+            for student_name, student in students.items()
+            if only in ("", student_name)
         ),
         Step("evaluate", ("corpus", *labelled, *trained), ("evaluate",), alone=evaluate),
-        Step("report", ("evaluate",), (), alone=_report),
+        Step("report", (), (), alone=_report, always=True),
     ]
     if name == "run":
-        return steps
+        return [step for step in steps if not only or step.record not in ("evaluate", "report")]
     return [step for step in steps if step.record == name or step.record.startswith(f"{name}-")]
 
 
 def run_steps(experiment: Experiment, comm: Communicator, steps: Sequence[Step]) -> None:
     """Run the steps that are not done. Every process of a launch calls this with the same steps."""
     for step in steps:
-        if experiment.is_done(step.record, step.after):
+        if _agree_done(experiment, comm, step):
             if comm.rank == 0:
                 print(f"{step.record}: done before", flush=True)
         elif step.alone is not None:
@@ -80,10 +97,20 @@ def run_steps(experiment: Experiment, comm: Communicator, steps: Sequence[Step])
         write_json(experiment.path("hashes.json"), experiment.hashes())
 
 
+def _agree_done(experiment: Experiment, comm: Communicator, step: Step) -> bool:
+    """Rank 0 looks, so that no rank reads a record while another writes it."""
+    done = torch.zeros(1, dtype=torch.int64)
+    if comm.rank == 0:
+        done += not step.always and experiment.is_done(step.record, step.after)
+    return bool(comm.broadcast(done))
+
+
 def _run_alone(experiment: Experiment, comm: Communicator, step: Step, function: Alone) -> None:
     if comm.rank == 0:
         experiment.begin(step.record, step.after, step.folders)
+        started = time.time()
         experiment.finish(step.record, function(experiment))
+        _note(experiment, comm, step, started)
     comm.barrier(math.inf)  # the others wait as long as it takes; when rank 0 fails they are told
 
 
@@ -91,10 +118,35 @@ def _run_together(experiment: Experiment, comm: Communicator, step: Step, functi
     if comm.rank == 0:
         experiment.begin(step.record, step.after, step.folders)
     comm.barrier()
-    outputs = run_workers(comm, experiment.config.distributed, partial(function, experiment))
+    started = time.time()
+    work = partial(function, experiment)
+    outputs = run_workers(comm, experiment.config.distributed, work, _worker_bytes(experiment, step))
     if comm.rank == 0:
         experiment.finish(step.record, outputs)
+        _note(experiment, comm, step, started)
     comm.barrier(math.inf)
+
+
+def _worker_bytes(experiment: Experiment, step: Step) -> int:
+    """What a worker's training holds at least, in float32: COPIES of the parameters."""
+    if step.network is None:
+        return 0
+    config = experiment.config
+    num_features = config.features.num_mels * STACKED_FRAMES
+    return 4 * COPIES * num_parameters(step.network, config.senones.target, num_features)
+
+
+def _note(experiment: Experiment, comm: Communicator, step: Step, started: float) -> None:
+    """When, where and by how many: in the log, since no artefact may tell."""
+    line = {
+        "step": step.record,
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+        "host": comm.host,
+        "launched_workers": comm.size,
+    }
+    with experiment.path("log", "steps.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _corpus(experiment: Experiment) -> list[Path]:
@@ -102,7 +154,7 @@ def _corpus(experiment: Experiment) -> list[Path]:
     config, folder = experiment.config, experiment.data_folder
     if not config.data.folder:
         make_corpus(folder, config.corpus, config.features.sampling_rate, config.seed)
-        return [path for path in folder.rglob("*") if path.is_file()]
+        return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     texts = [folder / "lexicon.txt", folder / "lm_text.txt"]
     for path in texts:
         if not path.is_file():

@@ -15,8 +15,20 @@ MACHINE: Final = "machine"
 
 @dataclass(frozen=True)
 class Step:
+    """One step's source, and its learning rate: the smooth decay times the source's multiplier.
+
+    The multiplier is applied to the gradient, not to the optimiser's learning rate: with momentum the latter would
+    apply the human-labelled steps' rate to what the steps before have gathered, and the machine-labelled steps'
+    rate to most of the human gradient. With plain SGD the two are the same.
+    """
+
     source: Literal["human", "machine"]
-    learning_rate: float
+    base_learning_rate: float
+    multiplier: float
+
+    @property
+    def learning_rate(self) -> float:
+        return self.base_learning_rate * self.multiplier
 
 
 class Plan:
@@ -38,7 +50,7 @@ class Plan:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of a schedule of {len(self)}")  # ends `for now in plan`, too
         source = self._source(step)
-        return Step(source, self._learning_rate(step) * self._multiplier(source))
+        return Step(source, self._learning_rate(step), self._multiplier(source))
 
     def _source(self, step: int) -> Literal["human", "machine"]:
         schedule = self.schedule

@@ -1,6 +1,7 @@
 """The `teacher` and `student` steps: one loop for both. It sees an optimiser and batches, and no method's name."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from teacherstudent.progress import hours_bar
 from teacherstudent.schedule import Plan
 from teacherstudent.training_log import TrainingLog
 from teacherstudent.workers import make_optimizer
+
+_DIVERGED = 10.0  # times the loss of guessing: no training comes back from there
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Progress:
 
     step: int = 0
     frames: int = 0  # of this worker
+    loss: float = 0.0  # of this worker, summed over its frames: not finite once that of any step was not
     best_loss: float = float("inf")
     best_step: int = 0
     positions: dict[str, Position] = field(default_factory=dict)
@@ -65,18 +69,22 @@ def train(comm: Communicator, training: Training, sources: Mapping[str, Source],
             now = plan[progress.step]
             source = sources[now.source]
             for group in optimizer.param_groups:
-                group["lr"] = now.learning_rate
+                group["lr"] = now.base_learning_rate
             batch = source.batch(progress.positions[now.source], comm.rank).to(comm.device)
             noise = _noise(training.seed, progress.step, comm)
-            loss, errors = _gradient(model, optimizer, batch, noise, training.optimisation.clip_norm)
+            loss, errors = _gradient(
+                model, optimizer, batch, noise, training.optimisation.clip_norm, now.multiplier
+            )
             optimizer.step(weight=batch.num_frames)
             progress.positions[now.source] = source.advance(progress.positions[now.source], comm.size)
             progress.step += 1
             progress.frames += batch.num_frames
+            progress.loss += loss
+            pauses = progress.step % validate_every == 0 or progress.step == len(plan)
             log.add(now, loss, errors, batch.num_frames)
-            log.step(progress.step, _hours(progress, comm), optimizer.metrics)
+            log.step(progress.step, _hours(progress, comm), optimizer.metrics, pauses)
             bar.update(batch.num_frames * comm.size * FRAME_SHIFT_SECONDS, loss=log.latest)
-            if progress.step % validate_every == 0 or progress.step == len(plan):
+            if pauses:
                 if progress.step == len(plan):
                     optimizer.synchronize()
                 _validate(comm, training, model, optimizer, dev, progress, log)
@@ -94,8 +102,12 @@ def _gradient(
     batch: Batch,
     noise: torch.Generator,
     clip_norm: float,
+    multiplier: float,
 ) -> tuple[float, int | None]:
-    """Leaves the clipped gradient of the mean frame loss in the parameters; returns sums of loss and errors."""
+    """Leaves the gradient of the mean frame loss in the parameters, clipped, then times the source's multiplier.
+
+    Returns the sums of loss and errors.
+    """
     if not batch.num_frames:  # this worker has no data in this step: it takes part with weight 0
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -105,6 +117,9 @@ def _gradient(
     loss, errors = batch_loss(logits, batch)
     (loss / batch.num_frames).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(multiplier)
     return float(loss.detach()), errors
 
 
@@ -138,18 +153,19 @@ def _validate(
     log: TrainingLog,
 ) -> None:
     """Loss and frame error on the development speakers, shared out over the workers; keeps the best model."""
-    sums = torch.zeros(3, dtype=torch.float64, device=comm.device)
+    sums = torch.tensor([0, 0, 0, progress.loss], dtype=torch.float64, device=comm.device)
     with optimizer.global_weights():
         for index in range(comm.rank, len(dev.plan(0)), comm.size):
             batch = dev.batch(Position(0, index)).to(comm.device)
             loss, errors = batch_loss(model(batch.features, batch.lengths), batch)
-            sums += torch.tensor([float(loss), errors or 0, batch.num_frames], dtype=torch.float64)
+            sums[:3] += sums.new_tensor([float(loss), errors or 0, batch.num_frames])
         total = comm.all_reduce(sums).tolist()
         dev_loss = total[0] / total[2]
-        if not dev_loss < float("inf"):
+        if not (dev_loss < _DIVERGED * math.log(training.num_senones) and math.isfinite(total[3])):
             raise ValueError(
-                f"{training.name}: the loss on the development speakers is {dev_loss} after {progress.step} steps: "
-                f"the training diverged; a lower learning_rate than {training.optimisation.learning_rate:g} is needed"
+                f"{training.name}: after {progress.step} steps the loss of a frame on the development speakers is "
+                f"{dev_loss:g}, that of all frames trained on {total[3]:g}: the training diverged; a lower "
+                f"learning_rate than {training.optimisation.learning_rate:g} is needed"
             )
         if dev_loss < progress.best_loss:
             progress.best_loss, progress.best_step = dev_loss, progress.step

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teacherstudent.experiment import write_text
 from teacherstudent.schedule import HUMAN, Step
 
 EVERY_STEPS = 10
@@ -30,7 +31,7 @@ class TrainingLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def add(self, now: Step, loss: float, errors: int | None, num_frames: int) -> None:
         """The sums of one step of this worker."""
@@ -40,9 +41,11 @@ class TrainingLog:
         sums.errors += errors or 0
         sums.num_frames += num_frames
 
-    def step(self, step: int, hours: float, measure: Callable[[], Mapping[str, Any]]) -> None:
-        """Every few steps, a line for each source."""
-        if step % EVERY_STEPS:
+    def step(self, step: int, hours: float, measure: Callable[[], Mapping[str, Any]], pauses: bool) -> None:
+        """Every few steps, a line for each source; also where the training pauses: it may go on from there, and
+        the sums of the steps before are not in its checkpoint.
+        """
+        if step % EVERY_STEPS and not pauses:
             return
         metrics = measure()
         for source, sums in self._sums.items():

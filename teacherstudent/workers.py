@@ -4,6 +4,7 @@ Under a launcher (torchrun, mpirun, srun) the launched processes are the workers
 `[distributed] workers` of them run in this process.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import torch
 
 from teacherstudent.config import Distributed, Optimisation
 from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, in_process
+from teacherstudent.distributed.launchers import is_launched
 from teacherstudent.distributed.optimizers import DistributedOptimizer
 
 Result = TypeVar("Result")
@@ -36,14 +38,30 @@ def make_optimizer(
 
 
 def run_workers(
-    comm: Communicator, settings: Distributed, function: Callable[[Communicator], Result]
+    comm: Communicator,
+    settings: Distributed,
+    function: Callable[[Communicator], Result],
+    worker_bytes: int = 0,
 ) -> Result:
     """Run function(comm) on every worker; `comm` is what the launcher gave to this process.
 
+    worker_bytes: what one worker holds; in-process workers that do not fit into memory together are refused.
     Returns what the function returned here; for in-process workers, what it returned on the first.
     """
     if settings.workers < 1:
         raise ValueError(f"distributed.workers = {settings.workers}: at least one is needed")
-    if comm.size > 1 or settings.workers == 1:
+    if comm.size > 1 or settings.workers == 1 or is_launched():
         return function(comm)
-    return in_process(settings.workers, function)[0]
+    if settings.threads_per_worker > 1:
+        warnings.warn(
+            f"distributed.threads_per_worker = {settings.threads_per_worker} counts for launched workers: the "
+            f"{settings.workers} in-process workers compute in one thread each",
+            stacklevel=2,
+        )
+    return in_process(
+        settings.workers,
+        function,
+        timeout_seconds=settings.timeout_seconds,
+        device=comm.device,
+        worker_bytes=worker_bytes,
+    )[0]

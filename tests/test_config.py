@@ -156,8 +156,8 @@ def test_an_unknown_student_is_refused_with_those_there_are(toml: Path) -> None:
 @given(
     seed=st.integers(0, 2**63 - 1),
     folder=st.text(st.characters(exclude_categories=["Cs"])),
-    scales=st.lists(st.floats(allow_nan=False)),
-    momentum=st.none() | st.floats(0, 1),
+    scales=st.lists(st.floats(0, exclude_min=True), min_size=1),
+    momentum=st.none() | st.floats(0, 1, exclude_max=True),
 )
 def test_the_resolved_configuration_reloads_to_itself(
     tmp_path_factory: pytest.TempPathFactory,
@@ -197,3 +197,25 @@ def test_flattening_keeps_every_table_also_an_empty_one() -> None:
 def test_overrides_may_follow_an_option(toml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["teacher", str(toml), "--dry-run", "seed=77"]) == 0
     assert "seed = 77" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "teacher.optimisation.clip_norm=-1.0",
+        "teacher.optimisation.clip_norm=0.0",
+        "student.optimisation.density=7.0",
+        "student.optimisation.block_steps=0",
+        "student.optimisation.block_momentum=1.0",
+        "student.optimisation.learning_rate=0.0",
+        "label.k=0",
+        "decode.acoustic_scales=[]",
+        "decode.bootstrap_samples=0",
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_anything_runs(toml: Path, setting: str) -> None:
+    toml.write_text("")
+    name, _, _ = setting.partition("=")
+    message = refusal(toml, setting)
+    assert name.rsplit(".", maxsplit=1)[-1] in message
+    assert "must be" in message

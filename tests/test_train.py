@@ -1,0 +1,262 @@
+"""A training is its plan and its batches alone: the same bytes however often it was interrupted."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import NETWORK, NUM_SENONES, STEPS, VALIDATE_EVERY, make_source, make_training
+from torch.nn import functional
+
+from teacherstudent import checkpoint
+from teacherstudent.batches import Batch, Position, Source
+from teacherstudent.distributed import Communicator, in_process
+from teacherstudent.models import build_model, model_from_state
+from teacherstudent.schedule import HUMAN, MACHINE
+from teacherstudent.train import Training, batch_loss, train
+from teacherstudent.workers import METHODS
+
+torch.set_num_threads(1)
+
+FILES = ("best.pt", "final.pt", "log.jsonl")
+
+
+class Interruption(Exception):
+    pass
+
+
+class Breaking:
+    """A source that raises when its worker begins a step."""
+
+    def __init__(self, source: Source, calls: "itertools.count[int]", step: int) -> None:
+        self.source, self.calls, self.step = source, calls, step
+
+    def batch(self, position: Position, rank: int) -> Batch:
+        if next(self.calls) == self.step:
+            raise Interruption
+        return self.source.batch(position, rank)
+
+    def advance(self, position: Position, num_workers: int) -> Position:
+        return self.source.advance(position, num_workers)
+
+
+def train_on(comm: Communicator, training: Training, step: int = -1, rank: int = 1) -> None:
+    """On this worker; `rank` is interrupted when it begins its `step`th step from here."""
+    calls = itertools.count(0 if comm.rank == rank else STEPS)
+    sources = {name: Breaking(make_source(name), calls, step) for name in (HUMAN, MACHINE)}
+    train(comm, training, sources, make_source("dev", 3))
+
+
+def train_together(training: Training, num_workers: int = 2, **interruption: int) -> None:
+    in_process(num_workers, lambda comm: train_on(comm, training, **interruption), timeout_seconds=30)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What a training that nobody interrupts leaves, by method."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for method in METHODS:
+        train_together(make_training(folder / method, method))
+    return {method: contents(folder / method) for method in METHODS}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_interrupted_at_any_step_ends_with_the_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, dict[str, bytes]], method: str, rank: int
+) -> None:
+    for step in (0, 3, 4, 5, 10, 18, STEPS - 1):
+        training = make_training(tmp_path / str(step), method)
+        with pytest.raises(Interruption):
+            train_together(training, step=step, rank=rank)
+        train_together(training)
+        assert contents(training.folder) == undisturbed[method], step
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_interrupted_again_and_again_ends_with_the_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, dict[str, bytes]], method: str
+) -> None:
+    training = make_training(tmp_path, method)
+    for _ in range(STEPS // VALIDATE_EVERY):
+        with pytest.raises(Interruption):
+            train_together(training, step=VALIDATE_EVERY + 1)
+    train_together(training)
+    assert contents(tmp_path) == undisturbed[method]
+
+
+def test_a_training_interrupted_before_or_after_any_write_of_a_file_ends_with_the_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, survived = checkpoint.save, 0
+    for number in itertools.count():
+        writes = itertools.count()
+
+        def breaking(path: Path, what: object, writes=writes, number=number) -> None:
+            place = next(writes)
+            if place == number // 2 and number % 2 == 0:
+                raise Interruption
+            save(path, what)
+            if place == number // 2:
+                raise Interruption
+
+        training = make_training(tmp_path / str(number), "bmuf")
+        monkeypatch.setattr(checkpoint, "save", breaking)
+        try:
+            train_together(training)
+            break
+        except Interruption:
+            survived += 1
+        monkeypatch.setattr(checkpoint, "save", save)
+        train_together(training)
+        assert contents(training.folder) == undisturbed["bmuf"], number
+    assert survived >= 2 * (2 * STEPS // VALIDATE_EVERY)
+
+
+def test_a_training_that_is_done_changes_nothing_when_it_is_started_again(
+    tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]
+) -> None:
+    training = make_training(tmp_path, "bmuf")
+    train_together(training)
+    train_together(training)
+    assert contents(tmp_path) == undisturbed["bmuf"]
+
+
+def test_going_on_with_another_number_of_workers_is_refused_by_all_of_them(tmp_path: Path) -> None:
+    training = make_training(tmp_path)
+    with pytest.raises(Interruption):
+        train_together(training, step=VALIDATE_EVERY)
+    for num_workers in (1, 3):
+        with pytest.raises(ValueError, match=rf"begun with 2 workers.*got {num_workers}.*{tmp_path}"):
+            train_together(training, num_workers)
+
+
+def plain_training(training: Training, num_workers: int) -> dict[str, torch.Tensor]:
+    """The mean over all frames of a step, each worker's gradient clipped, and torch's own SGD."""
+    settings = training.optimisation
+    model = build_model(training.network, NUM_SENONES, training.normalisation, training.seed)
+    optimizer = torch.optim.SGD(model.parameters(), settings.learning_rate, settings.momentum)
+    sources = {name: make_source(name) for name in (HUMAN, MACHINE)}
+    dealt = {name: [] for name in sources}  # epoch after epoch, each ending with a step of its own
+    for name, source in sources.items():
+        for epoch in range(STEPS):
+            batches = [source.batch(Position(epoch, index)) for index in range(len(source.plan(epoch)))]
+            dealt[name] += [batches[i : i + num_workers] for i in range(0, len(batches), num_workers)]
+    for step in range(STEPS):
+        now = training.plan[step]
+        batches = dealt[now.source].pop(0)
+        mean = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for batch in batches:
+            model.zero_grad()
+            logits = model(batch.features, batch.lengths)
+            (batch_loss(logits, batch)[0] / batch.num_frames).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+            share = batch.num_frames / sum(other.num_frames for other in batches)
+            for total, parameter in zip(mean, model.parameters()):
+                total += share * parameter.grad
+        for total, parameter in zip(mean, model.parameters()):
+            parameter.grad = total
+        optimizer.param_groups[0]["lr"] = now.learning_rate
+        optimizer.step()
+    return model.state_dict()
+
+
+def test_workers_together_do_what_one_plain_loop_does_also_where_an_epoch_ends_inside_a_step(
+    tmp_path: Path,
+) -> None:
+    assert len(make_source(HUMAN).plan(0)) % 2 == 1
+    training = make_training(tmp_path, network=replace(NETWORK, dropout=0.0))
+    train_together(training)
+    weights = model_from_state(checkpoint.load(tmp_path / "final.pt")).state_dict()
+    torch.testing.assert_close(weights, plain_training(training, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_workers_end_with_the_same_model_also_where_some_had_no_data(tmp_path: Path, method: str) -> None:
+    train_together(make_training(tmp_path, method), 3)
+    ranks = [checkpoint.load(tmp_path / "checkpoint" / f"step{STEPS}.rank{rank}.pt") for rank in range(3)]
+    for other in ranks[1:]:
+        torch.testing.assert_close(other["weights"], ranks[0]["weights"], rtol=0, atol=0)
+        assert other["progress"]["positions"] == ranks[0]["progress"]["positions"]
+    assert len({rank["progress"]["frames"] for rank in ranks}) > 1
+
+
+def test_the_log_has_the_learning_rate_of_the_plan_for_each_source_and_a_loss_that_falls(
+    tmp_path: Path,
+) -> None:
+    training = make_training(tmp_path)
+    train_together(training)
+    lines = [line for line in read_log(tmp_path) if "source" in line]
+    assert {line["source"] for line in lines} == {HUMAN, MACHINE}
+    for line in lines:
+        last = max(s for s in range(line["step"]) if training.plan[s].source == line["source"])
+        assert line["learning_rate"] == training.plan[last].learning_rate
+        assert (line["frame_error"] is None) == (line["source"] == MACHINE)
+    validations = [line for line in read_log(tmp_path) if "dev_loss" in line]
+    assert [line["step"] for line in validations] == [*range(VALIDATE_EVERY, STEPS, VALIDATE_EVERY), STEPS]
+    assert validations[-1]["dev_loss"] < validations[0]["dev_loss"]
+
+
+def test_best_is_the_model_of_the_lowest_loss_on_the_development_speakers(tmp_path: Path) -> None:
+    train_together(make_training(tmp_path, "gtc"))
+    validations = [line for line in read_log(tmp_path) if "dev_loss" in line]
+    best = min(validations, key=lambda line: line["dev_loss"])
+    state = checkpoint.load(tmp_path / "best.pt")
+    assert state["provenance"] == {"of": "test", "step": best["step"], "seed": 3}
+    dev, model = make_source("dev", 3), model_from_state(state)
+    with torch.no_grad():
+        losses = [
+            float(batch_loss(model(batch.features, batch.lengths), batch)[0])
+            for batch in (dev.batch(Position(0, index)) for index in range(len(dev.plan(0))))
+        ]
+    assert sum(losses) / dev.total_frames == pytest.approx(best["dev_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cause", ["learning rate", "training features", "development features"])
+def test_a_training_that_diverges_tells_every_worker_its_name_and_learning_rate(
+    tmp_path: Path, method: str, cause: str
+) -> None:
+    training = make_training(tmp_path, method, rate=1e6 if cause == "learning rate" else 0.3)
+
+    def attempt(comm: Communicator) -> str:
+        sources = {name: make_source(name, nan=cause == "training features") for name in (HUMAN, MACHINE)}
+        with pytest.raises(ValueError) as error:
+            train(comm, training, sources, make_source("dev", 3, nan=cause == "development features"))
+        return str(error.value)
+
+    messages = in_process(2, attempt, timeout_seconds=30)
+    assert messages[0] == messages[1]
+    assert "student x" in messages[0]
+    assert f"learning_rate than {training.optimisation.learning_rate:g}" in messages[0]
+    assert not (tmp_path / "final.pt").exists()
+
+
+def test_human_labels_give_the_senone_loss_and_machine_labels_the_posterior_loss() -> None:
+    logits = torch.randn(1, 12, NUM_SENONES, generator=torch.Generator().manual_seed(0))
+    log_softmax = functional.log_softmax(logits[0], dim=1)
+    human = make_source(HUMAN, 2, 1).batch(Position(0, 0))
+    expected = -sum(float(log_softmax[t, int(human.senones[0, t])]) for t in range(human.num_frames))
+    wrong = sum(int(log_softmax[t].argmax()) != int(human.senones[0, t]) for t in range(human.num_frames))
+    loss, errors = batch_loss(logits[:, : human.num_frames], human)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert errors == wrong
+    machine = make_source(MACHINE, 2, 1).batch(Position(0, 0))
+    expected = -sum(
+        float(machine.probabilities[0, t, k] * log_softmax[t, int(machine.ids[0, t, k])])
+        for t in range(machine.num_frames)
+        for k in range(2)
+    )
+    loss, errors = batch_loss(logits[:, : machine.num_frames], machine)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert errors is None

@@ -1,0 +1,29 @@
+"""Workers come from the launcher, or from the configuration; optimisers from the configured method."""
+
+import typing
+
+import pytest
+import torch
+
+from teacherstudent.config import Distributed, Optimisation
+from teacherstudent.distributed import connect, in_process
+from teacherstudent.workers import METHODS, make_optimizer, run_workers
+
+
+def test_every_method_of_the_configuration_makes_an_optimizer_with_its_settings() -> None:
+    assert set(METHODS) == set(typing.get_args(typing.get_type_hints(Optimisation)["method"]))
+    for method in METHODS:
+        settings = Optimisation(method=method, learning_rate=0.25, momentum=0.5)
+        optimizer = make_optimizer(torch.nn.Linear(2, 2).parameters(), connect(), settings)
+        assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+        assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_without_a_launcher_the_configured_workers_run_and_under_one_those_that_were_launched() -> None:
+    alone = connect()
+    assert run_workers(alone, Distributed(workers=3), lambda comm: comm.size) == 3
+    assert run_workers(alone, Distributed(workers=1), lambda comm: comm) is alone
+    launched = in_process(2, lambda own: run_workers(own, Distributed(workers=3), lambda comm: comm.size))
+    assert launched == [2, 2]
+    with pytest.raises(ValueError, match="workers = 0"):
+        run_workers(alone, Distributed(workers=0), lambda comm: comm.size)
