@@ -29,7 +29,7 @@ smoke: $(INSTALLED) ## the whole way on made-up speech: corpus to word error rat
 	$(BIN)/teacherstudent run $(SMOKE) folder=$(FOLDER)
 
 test: $(INSTALLED) ## every law at its smallest size
-	$(PYTEST) -m "not soak and not system"
+	$(PYTEST)
 
 test-system: $(INSTALLED) ## what needs Debian packages or root
 	$(PYTEST) -m system

@@ -30,7 +30,7 @@ import numpy as np
 from teacherstudent import wheels
 from teacherstudent.config import Corpus
 from teacherstudent.espeak import EXTRA, WHEEL
-from teacherstudent.experiment import write_json, write_text
+from teacherstudent.files import write_json, write_text
 from teacherstudent.grammar import draw_sentence, list_words
 from teacherstudent.manifests import DEV, HUMAN, PARTS, TEST, UNLABELLED
 from teacherstudent.progress import hours_bar

@@ -17,8 +17,9 @@ import torch
 from teacherstudent import checkpoint
 from teacherstudent.config import Optimisation
 from teacherstudent.decode import Hypothesis, decode_many
-from teacherstudent.experiment import Experiment, write_json, write_text
+from teacherstudent.experiment import Experiment
 from teacherstudent.features import FRAME_SHIFT_SECONDS
+from teacherstudent.files import write_json, write_text
 from teacherstudent.graph import Graph
 from teacherstudent.label import infer
 from teacherstudent.language_model import estimate_bigram

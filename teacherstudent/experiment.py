@@ -6,9 +6,7 @@ interrupted. Records hold relative paths and hashes only, so two folders with th
 records.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import tomllib
 from collections.abc import Iterable
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from teacherstudent.config import Config, flatten, to_toml
+from teacherstudent.files import hash_file, hash_text, write_json, write_text
 
 
 class Experiment:
@@ -126,24 +125,3 @@ class Experiment:
         for path in sorted(self.path("steps").glob("*.json")):
             merged |= self._record(path.stem).get("outputs") or {}
         return dict(sorted(merged.items()))
-
-
-def hash_text(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old contents or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, contents: Any) -> None:
-    """In the order given, which the caller makes the same every time."""
-    write_text(path, json.dumps(contents, indent=1) + "\n")

@@ -306,7 +306,7 @@ class PackedShard:
             _opened.shards = OrderedDict()
         _opened.shards[id(self)] = self
         _opened.shards.move_to_end(id(self))
-        if len(_opened.shards) > _OPEN_FILES:
+        while len(_opened.shards) > _OPEN_FILES:
             _opened.shards.popitem(last=False)[1]._close_file()
 
     def _dataset(self, name: str) -> h5py.Dataset:

@@ -12,8 +12,9 @@ from lhotse import Fbank, FbankConfig
 from lhotse.cut import Cut
 
 from teacherstudent.config import Features
-from teacherstudent.experiment import Experiment, write_json
+from teacherstudent.experiment import Experiment
 from teacherstudent.features import FRAME_RULE, STACKED_FRAMES, Moments, Normalisation, stack
+from teacherstudent.files import write_json
 from teacherstudent.manifests import HUMAN, PARTS, UNLABELLED, read_cuts, shard_paths
 from teacherstudent.packed import PackedShard, PackedWriter, shard_path
 from teacherstudent.progress import hours_bar
@@ -95,7 +96,8 @@ def _load(cut: Cut, sampling_rate: int) -> np.ndarray:
         samples = cut.load_audio()
     except Exception as error:  # lhotse raises many kinds, from its backends too
         sources = [source.source for source in cut.recording.sources]
-        raise ValueError(f"cut {cut.id}: the audio {sources} cannot be read: {error}") from None
+        reason = str(error).partition("\n[extra info]")[0]  # what follows is the whole cut, more than once
+        raise ValueError(f"cut {cut.id}: the audio {sources} cannot be read: {reason}") from None
     if not np.isfinite(samples).all():
         raise ValueError(f"cut {cut.id}: the audio holds values that are not finite")
     return samples

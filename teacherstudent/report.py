@@ -6,7 +6,7 @@ No script, no external resource; readable on a telephone, in the dark and on pap
 from pathlib import Path
 
 from teacherstudent import wheels
-from teacherstudent.experiment import write_text
+from teacherstudent.files import write_text
 
 
 def write_report(folder: Path) -> Path:

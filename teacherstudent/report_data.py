@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacherstudent.config import Config, load
-from teacherstudent.experiment import hash_file, hash_text
 from teacherstudent.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
+from teacherstudent.files import hash_file, hash_text
 from teacherstudent.manifests import UNLABELLED
 from teacherstudent.packed import open_shards
 from teacherstudent.schedule import HUMAN, MACHINE

@@ -16,8 +16,9 @@ from teacherstudent.config import Network
 from teacherstudent.corpus import make_corpus
 from teacherstudent.distributed import Communicator
 from teacherstudent.evaluate import evaluate
-from teacherstudent.experiment import Experiment, write_json
+from teacherstudent.experiment import Experiment
 from teacherstudent.features import STACKED_FRAMES
+from teacherstudent.files import write_json
 from teacherstudent.label import label
 from teacherstudent.manifests import PARTS, shard_paths
 from teacherstudent.models import num_parameters

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from teacherstudent import decision_tree
 from teacherstudent.config import Senones
 from teacherstudent.decision_tree import Floats, Integers, Question
+from teacherstudent.files import write_text
 
 NUM_STATES = 2  # first frame of a phone, later frames
 SILENCE_ID = 1
@@ -209,7 +210,7 @@ class Inventory:
 
     def save(self, path: Path | str) -> None:
         """Write as JSON text that depends on the contents alone."""
-        Path(path).write_text(f'{self._contents()},\n"sha256": "{self.sha256}"\n}}\n', encoding="utf-8")
+        write_text(Path(path), f'{self._contents()},\n"sha256": "{self.sha256}"\n}}\n')
 
     @classmethod
     def load(cls, path: Path | str) -> "Inventory":

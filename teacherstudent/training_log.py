@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teacherstudent.experiment import write_text
+from teacherstudent.files import write_text
 from teacherstudent.schedule import HUMAN, Step
 
 EVERY_STEPS = 10

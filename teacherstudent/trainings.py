@@ -9,8 +9,9 @@ import numpy as np
 from teacherstudent.batches import Source, Utterances
 from teacherstudent.config import Network, Optimisation, Schedule
 from teacherstudent.distributed import Communicator
-from teacherstudent.experiment import Experiment, hash_file
+from teacherstudent.experiment import Experiment
 from teacherstudent.features import Normalisation
+from teacherstudent.files import hash_file
 from teacherstudent.manifests import DEV, HUMAN, UNLABELLED
 from teacherstudent.packed import open_shards
 from teacherstudent.schedule import HUMAN as HUMAN_SOURCE

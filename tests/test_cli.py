@@ -17,9 +17,10 @@ from teacherstudent import cli
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The message of a command that must fail with status 2."""
     assert cli.main([str(argument) for argument in arguments]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("teacherstudent: ")
-    assert "Traceback" not in message
+    printed = capsys.readouterr().err
+    _, start, message = f"\n{printed}".partition("\nteacherstudent: ")  # on a line of its own
+    assert start
+    assert "Traceback" not in printed
     return message
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from teacherstudent.config import Config, Corpus, Data, Student
-from teacherstudent.experiment import Experiment, hash_file, write_json, write_text
+from teacherstudent.experiment import Experiment
+from teacherstudent.files import hash_file, write_json, write_text
 
 
 def make(folder: Path, **settings: object) -> Experiment:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "config features lexicon senones decision_tree language_model grammar speakers noise "
+    "config files features lexicon senones decision_tree language_model grammar speakers noise "
     "losses models posteriors schedule progress scoring wheels",
     "checkpoint packed_index packed manifests experiment store batches training_log kaldi_tree graph",
     "espeak pronunciation recording corpus prepare align tie workers train trainings label decode evaluate dry_run "

@@ -128,14 +128,17 @@ def test_what_does_not_fit_is_refused_naming_the_utterance(tmp_path, utterance_i
     )  # a refused utterance leaves nothing behind
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_no_flipped_bit_and_no_truncation_changes_what_is_read(tmp_path, seed):
+@pytest.mark.parametrize(
+    ("seed", "damages"),
+    [(0, 120), (1, 120), *(pytest.param(s, 1000, marks=pytest.mark.soak) for s in range(2, 6))],
+)
+def test_no_flipped_bit_and_no_truncation_changes_what_is_read(tmp_path, seed, damages):
     utterances = make_utterances([9, 0, 30])
     path = write(tmp_path / "a.000000.h5", utterances, {"teacher": "abc"})
     whole = path.read_bytes()
     draw = np.random.default_rng(seed)
     num_noticed = 0
-    for _ in range(60):
+    for _ in range(damages):
         damaged = bytearray(whole)
         if draw.random() < 0.2:
             del damaged[draw.integers(len(damaged)) :]
@@ -243,3 +246,16 @@ def test_shards_open_in_the_order_of_their_numbers_and_a_gap_is_an_error(tmp_pat
         open_shards(tmp_path, "a")
     with pytest.raises(ValueError, match=r"b\.000000\.h5 is missing"):
         open_shards(tmp_path, "b")
+
+
+def test_few_files_are_open_however_many_shards_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("teacherstudent.packed._OPEN_FILES", 3)
+    utterances = make_utterances([5, 9])
+    for number in range(10):
+        write(shard_path(tmp_path, "a", number), utterances)
+    shards = open_shards(tmp_path, "a")
+    for _ in range(2):
+        for shard in shards:
+            assert_same(shard["utterance-1"], utterances["utterance-1"])
+            opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+            assert sum(path.startswith(os.path.realpath(tmp_path)) for path in opened) <= 3

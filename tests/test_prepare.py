@@ -206,6 +206,7 @@ def test_what_cannot_be_used_is_refused_with_its_name_and_what_to_do(data: Path,
         prepare(open_experiment(data))
     for word in words:
         assert word in str(error.value)
+    assert "MonoCut(" not in str(error.value)
 
 
 @pytest.mark.usefixtures("threads")

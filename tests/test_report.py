@@ -3,8 +3,11 @@
 import html.parser
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -326,3 +329,24 @@ def test_a_long_schedule_is_drawn_with_few_points_of_both_sources():
     assert len(steps) < 20_000
     assert {plan[step].source for step in steps} == {"human", "machine"}
     assert steps[0] == 0 and steps[-1] == 999_999
+
+
+@pytest.mark.system
+def test_a_browser_shows_the_page_and_misses_nothing(experiment, text, tmp_path):
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
+    page = (experiment / "report.html").resolve().as_uri()
+    done = subprocess.run(
+        [browser, *options, "--window-size=1100,3000", page], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ERR_" not in done.stderr
+    picture = matplotlib.image.imread(tmp_path / "page.png")
+    assert picture.shape[:2] == (3000, 1100)
+    assert (
+        len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 100
+    )  # text and curves, no blank page

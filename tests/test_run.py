@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, run, teacherstudent
 
-from teacherstudent.experiment import hash_file
+from teacherstudent.files import hash_file
 from teacherstudent.packed import open_shards
 from teacherstudent.senones import Inventory
 from teacherstudent.store import TargetStore
@@ -125,30 +126,40 @@ def test_an_error_of_one_launched_worker_ends_all_of_them(tiny_experiment: Path,
     assert "targets.000000.h5" in done.stderr
 
 
-def run_killed_at_random(folder: Path, random: np.random.Generator, longest_seconds: float) -> bool:
-    """Start `run` and kill it, and all its processes, after a random time. Returns whether it was still at work."""
+def run_killed_in(folder: Path, step: str, random: np.random.Generator) -> bool:
+    """Start `run` and kill it, and all its processes, soon after it began a step, or that step is there from before.
+    Returns whether it was still at work.
+    """
     command = [sys.executable, "-m", "teacherstudent", "run", str(TINY), f"folder={folder}"]
     with subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + random.uniform(0, longest_seconds)
+        record = folder / "steps" / f"{step}.json"
+        while process.poll() is None and not record.exists():
+            time.sleep(0.001)
+        deadline = time.monotonic() + random.uniform(0, 0.7)
         while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)  # the moment of the kill is what is random; nothing is waited for
+            time.sleep(0.001)  # the moment of the kill is what is random; nothing is waited for
         at_work = process.poll() is None
         if at_work:
             os.killpg(process.pid, signal.SIGKILL)
     return at_work
 
 
+FEW = ("prepare", "student-gtc")
+ALL = ("corpus", "prepare", "align", "senones", "teacher", "label", *(f"student-{name}" for name in STUDENTS))
+
+
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(2, 0), *(pytest.param(10, seed, marks=pytest.mark.soak) for seed in (1, 2))]
+    ("steps", "seed"),
+    [(FEW, 0), *(pytest.param((*ALL, "evaluate"), seed, marks=pytest.mark.soak) for seed in (1, 2))],
 )
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(
-    tiny_experiment: Path, tmp_path: Path, kills: int, seed: int
+def test_a_run_killed_in_the_midst_of_its_steps_ends_as_an_undisturbed_one(
+    tiny_experiment: Path, tmp_path: Path, steps: Sequence[str], seed: int
 ) -> None:
     random = np.random.default_rng(seed)
-    num_killed = sum(run_killed_at_random(tmp_path / "killed", random, 30) for _ in range(kills))
-    assert num_killed > 0
+    num_killed = sum(run_killed_in(tmp_path / "killed", step, random) for step in steps)
+    assert num_killed == len(steps)
     done = teacherstudent("run", TINY, f"folder={tmp_path / 'killed'}")
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "killed") == hashes(tiny_experiment)
