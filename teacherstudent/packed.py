@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -304,10 +305,12 @@ class PackedShard:
         """Of this thread's open files, where there are too many; it is opened again when it is used again."""
         if not hasattr(_opened, "shards"):
             _opened.shards = OrderedDict()
-        _opened.shards[id(self)] = self
+        _opened.shards[id(self)] = weakref.ref(self)  # one that nobody uses any more closes by itself
         _opened.shards.move_to_end(id(self))
         while len(_opened.shards) > _OPEN_FILES:
-            _opened.shards.popitem(last=False)[1]._close_file()
+            oldest = _opened.shards.popitem(last=False)[1]()
+            if oldest is not None:
+                oldest._close_file()
 
     def _dataset(self, name: str) -> h5py.Dataset:
         file = self._open()
