@@ -46,7 +46,7 @@ check: $(INSTALLED) ## lint, format, types, links
 bench: $(INSTALLED) ## every performance figure that RESULTS.md claims, as ratios in one run
 	$(BIN)/python benchmarks/bench.py
 
-results: $(INSTALLED) ## the table of RESULTS.md: seeds 3 to 7, speaker splits 1 and 2 (an hour)
+results: $(INSTALLED) ## the table of RESULTS.md: seeds 3 to 7, speaker splits 3 and 4 (an hour)
 	$(BIN)/python examples/smoke/results.py
 
 clean: ## remove experiments and caches; the virtual environment stays

@@ -47,7 +47,7 @@ class Progress:
     step: int = 0
     frames: int = 0  # of this worker
     loss: float = 0.0  # of this worker, summed over its frames: not finite once that of any step was not
-    best_loss: float = float("inf")
+    best_frame_error: float = float("inf")
     best_step: int = 0
     positions: dict[str, Position] = field(default_factory=dict)
 
@@ -152,7 +152,11 @@ def _validate(
     progress: Progress,
     log: TrainingLog,
 ) -> None:
-    """Loss and frame error on the development speakers, shared out over the workers; keeps the best model."""
+    """Loss and frame error on the development speakers, shared out over the workers; keeps the best model.
+
+    The best has the lowest frame error, not the lowest loss: a network that is sure of itself loses most on the
+    speakers that it knows least, long before it stops to get better at telling senones apart on all of them.
+    """
     sums = torch.tensor([0, 0, 0, progress.loss], dtype=torch.float64, device=comm.device)
     with optimizer.global_weights():
         for index in range(comm.rank, len(dev.plan(0)), comm.size):
@@ -167,12 +171,13 @@ def _validate(
                 f"{dev_loss:g}, that of all frames trained on {total[3]:g}: the training diverged; a lower "
                 f"learning_rate than {training.optimisation.learning_rate:g} is needed"
             )
-        if dev_loss < progress.best_loss:
-            progress.best_loss, progress.best_step = dev_loss, progress.step
+        frame_error = total[1] / total[2]
+        if frame_error < progress.best_frame_error:
+            progress.best_frame_error, progress.best_step = frame_error, progress.step
             if comm.rank == 0:
                 best = model_state(model, _provenance(training, progress.step))
                 checkpoint.save(training.folder / "best.pt", best)
-    log.write({"step": progress.step, "dev_loss": dev_loss, "dev_frame_error": 100 * total[1] / total[2]})
+    log.write({"step": progress.step, "dev_loss": dev_loss, "dev_frame_error": 100 * frame_error})
 
 
 def _provenance(training: Training, step: int) -> dict[str, Any]:

@@ -182,10 +182,11 @@ def test_the_summary_has_every_system_with_its_error_rates_and_every_comparison(
 ) -> None:
     results = read_results(tiny_experiment)
     lines = summary(tiny_experiment / "evaluate" / "results.json").splitlines()
-    assert lines[1].split() == ["all", "clean", "10dB"]
+    assert lines[1].split() == ["learning", "rate", "all", "clean", "10dB"]
     assert len(lines) == 2 + len(results["systems"]) + len(results["comparisons"])
     for line, row in zip(lines[2:], results["systems"].values()):
         assert line.startswith(row["label"])
+        assert f" {row['learning_rate']:g} {row['method']} " in line
         for found in row["conditions"].values():
             assert "{:.1f} [{:.1f}, {:.1f}]".format(found["word_error_rate"], *found["interval"]) in line
     baseline = results["systems"][results["baseline"]]["label"]

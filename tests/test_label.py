@@ -1,5 +1,6 @@
 """Targets are the teacher's highest posteriors, utterance by utterance, whoever labels and however many."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from teacherstudent import checkpoint
 from teacherstudent import label as label_module
+from teacherstudent.batches import collate
 from teacherstudent.config import Config, Label, Network
 from teacherstudent.distributed import connect, in_process
 from teacherstudent.experiment import Experiment
@@ -100,11 +102,30 @@ def test_the_shards_have_the_utterances_of_the_features_in_their_order(experimen
         assert [len(ids) for _, ids, _ in store.iter_shard(number)] == SHARDS[number]
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
-    one, two, three, many = (
-        label_with(open_experiment(tmp_path / str(size)), size) for size in (1, 2, 3, len(SHARDS) + 1)
-    )
-    assert one == two == three == many
+def test_the_bytes_and_the_batches_do_not_depend_on_the_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []  # the frames of the utterances in each
+
+    def recording(features, labels):
+        batches.append([len(values) for values in features])
+        return collate(features, labels)
+
+    monkeypatch.setattr(label_module, "collate", recording)
+    found = []
+    for size in (1, 2, 3, len(SHARDS) + 1):
+        found.append((label_with(open_experiment(tmp_path / str(size)), size), sorted(batches)))
+        batches.clear()
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_the_shards_are_dealt_out_evenly_among_the_workers(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers: list[str] = []
+    count_inferences(monkeypatch, lambda _: workers.append(threading.current_thread().name))
+    label_with(experiment, 2)
+    assert sorted(workers.count(worker) for worker in set(workers)) == [2, 3]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

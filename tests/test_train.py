@@ -165,8 +165,8 @@ def plain_training(training: Training, num_workers: int) -> dict[str, torch.Tens
             for total, parameter in zip(mean, model.parameters()):
                 total += share * parameter.grad
         for total, parameter in zip(mean, model.parameters()):
-            parameter.grad = total
-        optimizer.param_groups[0]["lr"] = now.learning_rate
+            parameter.grad = now.multiplier * total
+        optimizer.param_groups[0]["lr"] = now.base_learning_rate
         optimizer.step()
     return model.state_dict()
 
@@ -207,10 +207,10 @@ def test_the_log_has_the_learning_rate_of_the_plan_for_each_source_and_a_loss_th
     assert validations[-1]["dev_loss"] < validations[0]["dev_loss"]
 
 
-def test_best_is_the_model_of_the_lowest_loss_on_the_development_speakers(tmp_path: Path) -> None:
+def test_best_is_the_first_model_of_the_lowest_frame_error_on_the_development_speakers(tmp_path: Path) -> None:
     train_together(make_training(tmp_path, "gtc"))
     validations = [line for line in read_log(tmp_path) if "dev_loss" in line]
-    best = min(validations, key=lambda line: line["dev_loss"])
+    best = min(validations, key=lambda line: line["dev_frame_error"])
     state = checkpoint.load(tmp_path / "best.pt")
     assert state["provenance"] == {"of": "test", "step": best["step"], "seed": 3}
     dev, model = make_source("dev", 3), model_from_state(state)
