@@ -94,7 +94,7 @@ def _run_steps(config: Config, options: argparse.Namespace) -> int:
     if comm.rank == 0:
         experiment.create()
     run_steps(experiment, comm, steps)
-    if comm.rank == 0:
+    if comm.rank == 0 and options.step in ("evaluate", "report", "run"):
         _say_results(experiment.folder)
     comm.close()
     return 0

@@ -179,6 +179,13 @@ class Distributed:
     threads_per_worker: int = 1
     timeout_seconds: float = field(default=600.0, metadata=_RUNTIME)
 
+    def __post_init__(self) -> None:
+        _require(self.workers >= 1, "distributed.workers", self.workers, ">= 1")
+        _require(
+            self.threads_per_worker >= 1, "distributed.threads_per_worker", self.threads_per_worker, ">= 1"
+        )
+        _require(self.timeout_seconds > 0, "distributed.timeout_seconds", self.timeout_seconds, "> 0")
+
 
 @dataclass(frozen=True)
 class Config:

@@ -6,6 +6,8 @@ The acoustic scale of each system is chosen on the development speakers; the tes
 import json
 import math
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +87,7 @@ def evaluate(experiment: Experiment) -> list[Path]:
     graph = _build_graph(experiment, inventory)
     systems = find_systems(experiment)
     dev, test = (_read_utterances(experiment, part) for part in (DEV, TEST))
+    _warn_unknown_words([*dev, *test], graph)
     scores, words = {}, {}
     seconds = len(systems) * (_seconds(experiment, DEV) + _seconds(experiment, TEST))
     with hours_bar(seconds, "decode") as bar:
@@ -132,6 +135,20 @@ def _read_utterances(experiment: Experiment, part: str) -> list[Utterance]:
             condition = str(custom.get("condition", "all"))
             utterances.append(Utterance(cut.id, tuple(text.split()), condition, speaker))
     return utterances
+
+
+def _warn_unknown_words(utterances: Sequence[Utterance], graph: Graph) -> None:
+    """Words that the graph cannot give are errors whatever the model says."""
+    counts = Counter(word for utterance in utterances for word in utterance.words)
+    known = set(graph.words)
+    unknown = {word: count for word, count in counts.items() if word not in known}
+    if unknown:
+        most = sorted(unknown, key=lambda word: -unknown[word])[:10]
+        warnings.warn(
+            f"{sum(unknown.values())} of {counts.total()} words of the development and test transcripts are not in "
+            f"the lexicon, so each is a word error: {', '.join(most)}{' …' if len(unknown) > 10 else ''}",
+            stacklevel=2,
+        )
 
 
 def _seconds(experiment: Experiment, part: str) -> float:
@@ -282,4 +299,4 @@ def summary(results_path: Path) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "".join(f"{cell:>20}" for cell in cells)
+    return "".join(f"  {cell:>20}" for cell in cells)

@@ -70,26 +70,38 @@ class Experiment:
         path = self.path("steps", f"{step}.json")
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+    def _hash(self, step: str) -> str:
+        """Of all that a step wrote."""
+        return hash_text(json.dumps(self._record(step).get("outputs"), sort_keys=True))
+
+    def _changed_since(self, step: str) -> list[str]:
+        """The earlier steps that have written something else since this one read it."""
+        return [
+            name for name, seen in self._record(step).get("inputs", {}).items() if seen != self._hash(name)
+        ]
+
     def _inputs(self, steps: Iterable[str]) -> dict[str, str]:
-        """What the given earlier steps wrote, one hash each."""
-        hashes = {}
+        """What the given earlier steps wrote, one hash each; they must be done and up to date."""
         for step in steps:
-            outputs = self._record(step).get("outputs")
-            if outputs is None:
+            if self._record(step).get("outputs") is None:
                 raise ValueError(
                     f"step {step!r} is not done in {self.folder}: run it first, or `teacherstudent run CONF` "
                     "which runs every step that is missing"
                 )
-            hashes[step] = hash_text(json.dumps(outputs, sort_keys=True))
-        return hashes
+            if changed := self._changed_since(step):
+                raise ValueError(
+                    f"step {step!r} is out of date in {self.folder}: {', '.join(changed)} changed since it ran. Run "
+                    "it again, or `teacherstudent run CONF` which runs every step that needs it"
+                )
+        return {step: self._hash(step) for step in steps}
 
     def is_done(self, step: str, after: Iterable[str] = ()) -> bool:
+        """Whether a step is done, its files are there, and all that it read is what is there now."""
         record = self._record(step)
-        if record.get("outputs") is None:
+        if record.get("outputs") is None or set(record["inputs"]) != set(after) or self._changed_since(step):
             return False
-        done = all(self._record(earlier).get("outputs") is not None for earlier in after)
-        there = all(self._place(name).is_file() for name in record["outputs"])
-        return done and there and record["inputs"] == self._inputs(after)
+        current = not any(self._changed_since(earlier) for earlier in after)
+        return current and all(self._place(name).is_file() for name in record["outputs"])
 
     def begin(self, step: str, after: Iterable[str], clear: Iterable[str] = ()) -> None:
         """Start or go on with a step. `clear`: its folders, emptied if what it reads has changed since."""

@@ -30,7 +30,9 @@ class HoursBar:
     def __enter__(self) -> "HoursBar":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:  # an estimate of the whole may have been too high
+            self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()
 
 

@@ -80,7 +80,11 @@ def find_steps(experiment: Experiment, name: str) -> list[Step]:
     ]
     if name == "run":
         return [step for step in steps if not only or step.record not in ("evaluate", "report")]
-    return [step for step in steps if step.record == name or step.record.startswith(f"{name}-")]
+    chosen = [step for step in steps if step.record == name or step.record.startswith(f"{name}-")]
+    looked_at = [
+        step for step in steps if step.record == "corpus" and step.always and name not in ("corpus", "report")
+    ]
+    return looked_at + chosen  # data that were brought along may have changed since the last step
 
 
 def run_steps(experiment: Experiment, comm: Communicator, steps: Sequence[Step]) -> None:

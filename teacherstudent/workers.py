@@ -48,8 +48,6 @@ def run_workers(
     worker_bytes: what one worker holds; in-process workers that do not fit into memory together are refused.
     Returns what the function returned here; for in-process workers, what it returned on the first.
     """
-    if settings.workers < 1:
-        raise ValueError(f"distributed.workers = {settings.workers}: at least one is needed")
     if comm.size > 1 or settings.workers == 1 or is_launched():
         return function(comm)
     if settings.threads_per_worker > 1:

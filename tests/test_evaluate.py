@@ -14,7 +14,7 @@ from conftest import TINY
 
 from teacherstudent import checkpoint
 from teacherstudent.config import Config, Schedule, Student, load, to_toml
-from teacherstudent.evaluate import Utterance, _score_conditions, evaluate, find_systems, summary
+from teacherstudent.evaluate import Utterance, _compare, _score_conditions, evaluate, find_systems, summary
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import write_text
 from teacherstudent.models import model_from_state
@@ -125,6 +125,20 @@ def test_the_gain_is_against_the_better_of_the_human_only_students(tiny_experime
     for found in results["comparisons"]:
         reduction = 100 * (1 - errors[found["system"]] / errors[results["baseline"]])
         assert found["relative_reduction"] == pytest.approx(reduction)
+
+
+@pytest.mark.parametrize("better", ["alone-final", "alone-early"])
+def test_whichever_human_only_student_makes_fewer_errors_is_the_baseline(tmp_path: Path, better: str) -> None:
+    variants = {"alone": {"schedule": {"mode": "human-only"}}, "a": {}}
+    experiment = Experiment(Config(folder=str(tmp_path / "x"), student=Student(variants=variants)))
+    test = [Utterance(str(n), ("one", "two", "three", "four"), "clean", "speaker") for n in range(2)]
+    num_right = {"teacher": 4, "alone-final": 1, "alone-early": 1, "a": 3} | {better: 2}
+    words = {name: [test[0].words[:right]] * 2 for name, right in num_right.items()}
+    scores = {name: {"conditions": {"all": {"errors": 2 * (4 - right)}}} for name, right in num_right.items()}
+    found = _compare(experiment, scores, test, words)
+    assert found["baseline"] == better
+    reductions = {row["system"]: row["relative_reduction"] for row in found["comparisons"]}
+    assert reductions == pytest.approx({"teacher": 100, "a": 50})
 
 
 @torch.no_grad()

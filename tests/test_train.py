@@ -70,15 +70,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     return {method: contents(folder / method) for method in METHODS}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_interrupted_at_any_step_ends_with_the_same_bytes(
-    tmp_path: Path, undisturbed: dict[str, dict[str, bytes]], method: str, rank: int
+    tmp_path: Path, undisturbed: dict[str, dict[str, bytes]], method: str
 ) -> None:
-    for step in (0, 3, 4, 5, 10, 18, STEPS - 1):
+    for step in (0, 3, 4, 5, 10, 11, 18, STEPS - 1):
         training = make_training(tmp_path / str(step), method)
         with pytest.raises(Interruption):
-            train_together(training, step=step, rank=rank)
+            train_together(training, step=step, rank=step % 2)
         train_together(training)
         assert contents(training.folder) == undisturbed[method], step
 
@@ -95,7 +94,7 @@ def test_a_training_interrupted_again_and_again_ends_with_the_same_bytes(
     assert contents(tmp_path) == undisturbed[method]
 
 
-def test_a_training_interrupted_before_or_after_any_write_of_a_file_ends_with_the_same_bytes(
+def test_a_training_interrupted_before_any_write_of_a_file_ends_with_the_same_bytes(
     tmp_path: Path, undisturbed: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, survived = checkpoint.save, 0
@@ -103,12 +102,9 @@ def test_a_training_interrupted_before_or_after_any_write_of_a_file_ends_with_th
         writes = itertools.count()
 
         def breaking(path: Path, what: object, writes=writes, number=number) -> None:
-            place = next(writes)
-            if place == number // 2 and number % 2 == 0:
+            if next(writes) == number:
                 raise Interruption
             save(path, what)
-            if place == number // 2:
-                raise Interruption
 
         training = make_training(tmp_path / str(number), "bmuf")
         monkeypatch.setattr(checkpoint, "save", breaking)
@@ -120,7 +116,7 @@ def test_a_training_interrupted_before_or_after_any_write_of_a_file_ends_with_th
         monkeypatch.setattr(checkpoint, "save", save)
         train_together(training)
         assert contents(training.folder) == undisturbed["bmuf"], number
-    assert survived >= 2 * (2 * STEPS // VALIDATE_EVERY)
+    assert survived > 2 * STEPS // VALIDATE_EVERY
 
 
 def test_a_training_that_is_done_changes_nothing_when_it_is_started_again(
@@ -207,10 +203,14 @@ def test_the_log_has_the_learning_rate_of_the_plan_for_each_source_and_a_loss_th
     assert validations[-1]["dev_loss"] < validations[0]["dev_loss"]
 
 
-def test_best_is_the_first_model_of_the_lowest_frame_error_on_the_development_speakers(tmp_path: Path) -> None:
-    train_together(make_training(tmp_path, "gtc"))
+def test_best_is_the_first_model_of_the_lowest_frame_error_on_the_development_speakers(
+    tmp_path: Path,
+) -> None:
+    training = make_training(tmp_path, "gtc", rate=8.0)  # so high that better and worse models come in turn
+    train_together(training)
     validations = [line for line in read_log(tmp_path) if "dev_loss" in line]
     best = min(validations, key=lambda line: line["dev_frame_error"])
+    assert best not in (validations[0], validations[-1], min(validations, key=lambda line: line["dev_loss"]))
     state = checkpoint.load(tmp_path / "best.pt")
     assert state["provenance"] == {"of": "test", "step": best["step"], "seed": 3}
     dev, model = make_source("dev", 3), model_from_state(state)
