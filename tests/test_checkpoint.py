@@ -71,7 +71,7 @@ def test_a_file_that_ends_early_is_refused_by_name(tmp_path: Path, share: float)
     save(path, contents())
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=rf"{path} cannot be read: .*remove it"):
+    with pytest.raises(ValueError, match=rf"{path} cannot be read: .*remove the folder"):
         load(path)
 
 

@@ -103,7 +103,7 @@ def test_a_step_is_stale_when_what_it_read_has_changed_and_only_then(tmp_path: P
     run(experiment, "corpus", text="two")
     assert not experiment.is_done("prepare", ("corpus",))
     assert not experiment.is_done("align", ("prepare",))  # what it read is out of date
-    with pytest.raises(ValueError, match="'prepare' is out of date.*corpus changed"):
+    with pytest.raises(ValueError, match=r"'prepare' is out of date.*corpus changed"):
         experiment.begin("align", ("prepare",))
     run(experiment, "prepare", ("corpus",), text="other")
     assert experiment.is_done("prepare", ("corpus",))
