@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from lhotse.cut import Cut
 
+from teacherstudent.dataset import prepared_shards, read_lexicon, read_prepared
 from teacherstudent.experiment import Experiment
 from teacherstudent.features import FRAME_SHIFT_SECONDS
-from teacherstudent.lexicon import SILENCE, Lexicon
-from teacherstudent.manifests import LABELLED_PARTS, read_cuts, shard_paths
+from teacherstudent.lexicon import SILENCE
+from teacherstudent.manifests import LABELLED_PARTS
 from teacherstudent.packed import PackedShard, PackedWriter, shard_path
 from teacherstudent.progress import hours_bar
 
@@ -25,13 +26,13 @@ def align(experiment: Experiment) -> list[Path]:
 
     Raises ValueError for a cut without a phone alignment, or with a phone that the lexicon does not know.
     """
-    phones = (SILENCE, *Lexicon.read(experiment.data_folder / "lexicon.txt").phones)
+    phones = (SILENCE, *read_lexicon(experiment).phones)
     phone_ids = {phone: index + 1 for index, phone in enumerate(phones)}
     outputs = []
     for part in LABELLED_PARTS:
         experiment.path("align", part).mkdir(parents=True, exist_ok=True)
-        paths = shard_paths(experiment.data_folder, part)
-        seconds = [sum(cut.duration for cut in read_cuts(path)) for path in paths]
+        paths = prepared_shards(experiment, part)
+        seconds = [sum(cut.duration for cut in read_prepared(experiment, part, path)) for path in paths]
         with hours_bar(sum(seconds), f"align {part}") as bar:
             for index, path in enumerate(paths):
                 output = shard_path(experiment.path("align", part), "phones", index)
@@ -39,7 +40,7 @@ def align(experiment: Experiment) -> list[Path]:
                 features = PackedShard(shard_path(experiment.path("features", part), "features", index))
                 lengths = dict(zip(features.ids, features.num_frames))
                 with PackedWriter(output, {"phones": list(phones)}, ARRAYS) as writer:
-                    for cut in read_cuts(path):
+                    for cut in read_prepared(experiment, part, path):
                         phone, first = _frame_phones(cut, int(lengths[cut.id]), phone_ids)
                         writer.write(cut.id, phone=phone, first=first)
                 bar.update(seconds[index])

@@ -5,12 +5,8 @@ nearest known one; a value of the wrong type is an error that names the type. Th
 section, in the order in which the steps use them.
 """
 
-import dataclasses
-import difflib
 import re
 import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +14,18 @@ from typing import Any, Literal
 
 import tomli_w
 
-_NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a table"}
-_RUNTIME = {"runtime": True}  # says where or how fast to run, never what comes out: may differ on a rerun
-
-
-def _require(holds: object, name: str, value: Any, needed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} = {value!r}: it must be {needed}")
+from teacherstudent.settings import RUNTIME, as_tables, build, parse_override, require
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Speech made by espeak-ng: a voice-assistant grammar, many speakers, made noise. See corpus.py."""
+    """Speech made by espeak-ng: many speakers, made noise. See corpus.py."""
 
+    text: str = (
+        "grammar"  # of a voice assistant; or "pseudo-words", or the path of a word list, a word a line
+    )
+    vocabulary: int = 3000  # pseudo-words, or words of the list, that are said
+    phones: Literal["plain", "position-stress"] = "plain"  # AE, or AE1_B: stressed, first of its word
     human_speakers: int = 3
     unlabelled_speakers: int = 15
     dev_speakers: int = 4
@@ -43,23 +38,75 @@ class Corpus:
     noisy_share: float = 0.5  # of human-labelled and unlabelled utterances; dev and test have every condition
     shard_minutes: float = 10.0
     split: int = 0  # another number draws other speakers and deals them to other parts
-    jobs: int = field(default=2, metadata=_RUNTIME)
+    jobs: int = field(default=2, metadata=RUNTIME)
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where the audio is. Empty: the corpus step makes it, in the experiment folder."""
+    """Where the audio is. Empty: the corpus step makes it, in the experiment folder. See sources.py.
 
-    folder: str = ""  # holds human/ unlabelled/ dev/ test/ with cuts.*.jsonl, lexicon.txt, lm_text.txt
+    A part is a folder of lhotse cuts (cuts.*.jsonl), a Kaldi data folder (wav.scp, text, utt2spk, …), or a folder of
+    audio files with transcripts.txt (`utterance word word …` a line).
+    """
+
+    folder: str = ""  # holds human/ unlabelled/ dev/ test/ with lexicon.txt beside them
+    human: str = ""  # parts and files that lie elsewhere
+    unlabelled: str = ""
+    dev: str = ""
+    test: str = ""
+    lexicon: str = ""  # default: FOLDER/lexicon.txt
+    language_model: str = (
+        ""  # *.arpa, *.arpa.gz, or text, a sentence a line; default: what FOLDER has of lm.arpa,
+    )
+    # lm.arpa.gz, lm_text.txt, in this order; else the human-labelled transcripts
+    word_positions: bool = False  # mark the lexicon's phones by their place in the word: _B _I _E, _S alone
+    shard_utterances: int = 1000  # of parts that are not sharded cuts already
 
 
 @dataclass(frozen=True)
 class Features:
-    """64 log-mel energies every 10 ms, three frames stacked: 192 values every 30 ms, globally normalised."""
+    """64 log-mel energies every 10 ms, three frames stacked: 192 values every 30 ms."""
 
     sampling_rate: Literal[8000, 16000] = 16000
     num_mels: int = 64
-    jobs: int = field(default=2, metadata=_RUNTIME)
+    storage: Literal["stored", "on-the-fly"] = "stored"  # on the fly: computed from the audio at every use
+    resample: bool = True  # audio of another sampling rate; otherwise it is left out
+    channel: int = -1  # which one of audio with several; -1: such audio is left out
+    max_left_out_share: float = 0.05  # of a part's utterances that cannot be used: more is an error
+    jobs: int = field(default=2, metadata=RUNTIME)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Training conditions: copies of utterances beside the originals, each with its own features."""
+
+    parts: tuple[str, ...] = ("human",)
+    speeds: tuple[float, ...] = ()  # a copy at each, for instance [0.9, 1.1]
+    noise_folder: str = ""  # of audio files; a copy with one of them added
+    snr_db: tuple[float, ...] = (20.0, 15.0, 10.0, 5.0)  # at one of these; dev and test: a copy at each
+    impulse_response_folder: str = ""  # of audio files; a copy reverberated by one of them
+
+
+@dataclass(frozen=True)
+class Align:
+    """Which phone every frame belongs to: from the transcripts, or from alignments brought along."""
+
+    source: Literal["cuts", "transcripts", "kaldi", "ctm", "textgrid"] = "cuts"
+    folder: str = ""  # kaldi, ctm, textgrid: holds human/ dev/ test/, or all in one
+    snip_edges: bool = True  # kaldi: how its frames were made (the default of compute-mfcc-feats)
+    frame_shift_seconds: float = 0.01  # kaldi: 0.03 for the alignments of a chain model
+    unknown_word: str = (
+        ""  # transcripts: the lexicon's word for words it lacks; empty: the utterance is left out
+    )
+    states: int = 3  # transcripts: emitting states of a phone in the Gaussian models
+    monophone_gaussians: int = 1000
+    triphone_leaves: int = 1000
+    triphone_gaussians: int = 5000
+    monophone_iterations: int = 25
+    triphone_iterations: int = 20
+    beam: float = 40.0
+    max_dropped_share: float = 0.1  # of a part's utterances without an alignment: more is an error
+    jobs: int = field(default=2, metadata=RUNTIME)
 
 
 @dataclass(frozen=True)
@@ -69,6 +116,9 @@ class Senones:
     target: int = 3000
     min_count: int = 50  # frames that every senone must have seen
     min_gain: float = 50.0  # log-likelihood a split must bring
+    shared_roots: Literal["phone", "base"] = "base"  # base: AE1_B and AE0_E grow from the roots of AE
+    questions: str = ""  # a file of phone sets, one a line (Kaldi's sets.txt); empty: found from the data
+    kaldi_tree: str = ""  # a Kaldi folder with tree, topo (or final.mdl) and phones.txt, taken as it is
 
 
 @dataclass(frozen=True)
@@ -79,6 +129,8 @@ class Network:
     cells: int = 768  # per direction
     bidirectional: bool = False
     output_delay_frames: int = 0  # of 30 ms: how far a unidirectional network may look ahead
+    # Over all data; over all that a speaker said; or over what was heard so far, as a stream has to.
+    normalisation: Literal["global", "speaker", "causal"] = "global"
     dropout: float = 0.0  # between layers, one mask an utterance
 
 
@@ -111,14 +163,14 @@ class Optimisation:
     block_momentum: float | None = None  # bmuf: default 1 - 1/workers
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
-        _require(self.batch_frames >= 1, "batch_frames", self.batch_frames, ">= 1")
-        _require(0 < self.density < 1, "density", self.density, "in (0, 1)")
-        _require(self.block_steps >= 1, "block_steps", self.block_steps, ">= 1")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
+        require(self.batch_frames >= 1, "batch_frames", self.batch_frames, ">= 1")
+        require(0 < self.density < 1, "density", self.density, "in (0, 1)")
+        require(self.block_steps >= 1, "block_steps", self.block_steps, ">= 1")
         momentum = self.block_momentum
-        _require(momentum is None or 0 <= momentum < 1, "block_momentum", momentum, "in [0, 1)")
+        require(momentum is None or 0 <= momentum < 1, "block_momentum", momentum, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -136,8 +188,8 @@ class Label:
     batch_frames: int = 20000
 
     def __post_init__(self) -> None:
-        _require(self.k >= 1, "label.k", self.k, ">= 1")
-        _require(self.batch_frames >= 1, "label.batch_frames", self.batch_frames, ">= 1")
+        require(self.k >= 1, "label.k", self.k, ">= 1")
+        require(self.batch_frames >= 1, "label.batch_frames", self.batch_frames, ">= 1")
 
 
 @dataclass(frozen=True)
@@ -148,26 +200,40 @@ class Student:
     schedule: Schedule = field(default_factory=Schedule)
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(method="gtc"))
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    only: str = field(default="", metadata=_RUNTIME)  # train this variant alone
+    only: str = field(default="", metadata=RUNTIME)  # train this variant alone
 
 
 @dataclass(frozen=True)
 class Decode:
-    """WFST decoding over lexicon and a bigram language model; the scale is chosen on development speakers."""
+    """WFST decoding over lexicon and language model.
+
+    The acoustic scale (one over the language weight) and the word penalty are chosen on the development speakers.
+    """
 
     acoustic_scales: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0, 1.4)
+    word_penalties: tuple[float, ...] = (0.0,)  # cost of every word, natural logarithm
     beam: float = 15.0
+    lattice_beam: float = 8.0
     max_active: int = 7000
+    nbest: int = 1  # hypotheses of every test utterance that are written
     bootstrap_samples: int = 1000
-    jobs: int = field(default=2, metadata=_RUNTIME)
+    score_by: tuple[str, ...] = ("condition",)  # fields of the cuts; "speaker" is one
+    speed_seconds: float = (
+        60.0  # of test audio on which each network's speed is measured, on one core; 0: not
+    )
+    jobs: int = field(default=2, metadata=RUNTIME)
 
     def __post_init__(self) -> None:
         scales = self.acoustic_scales
-        _require(scales and min(scales) > 0, "decode.acoustic_scales", list(scales), "one or more, each > 0")
-        _require(self.beam > 0, "decode.beam", self.beam, "> 0")
-        _require(self.max_active >= 1, "decode.max_active", self.max_active, ">= 1")
-        _require(self.bootstrap_samples >= 1, "decode.bootstrap_samples", self.bootstrap_samples, ">= 1")
-        _require(self.jobs >= 1, "decode.jobs", self.jobs, ">= 1")
+        require(scales and min(scales) > 0, "decode.acoustic_scales", list(scales), "one or more, each > 0")
+        require(self.beam > 0, "decode.beam", self.beam, "> 0")
+        require(self.max_active >= 1, "decode.max_active", self.max_active, ">= 1")
+        require(self.bootstrap_samples >= 1, "decode.bootstrap_samples", self.bootstrap_samples, ">= 1")
+        require(self.jobs >= 1, "decode.jobs", self.jobs, ">= 1")
+        require(self.lattice_beam > 0, "decode.lattice_beam", self.lattice_beam, "> 0")
+        require(self.nbest >= 1, "decode.nbest", self.nbest, ">= 1")
+        require(self.word_penalties, "decode.word_penalties", list(self.word_penalties), "one or more")
+        require(self.speed_seconds >= 0, "decode.speed_seconds", self.speed_seconds, ">= 0")
 
 
 @dataclass(frozen=True)
@@ -177,23 +243,25 @@ class Distributed:
     workers: int = 1
     # Of launched workers; in-process ones have one each. More are faster on large models, and change last bits.
     threads_per_worker: int = 1
-    timeout_seconds: float = field(default=600.0, metadata=_RUNTIME)
+    timeout_seconds: float = field(default=600.0, metadata=RUNTIME)
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 1, "distributed.workers", self.workers, ">= 1")
-        _require(
+        require(self.workers >= 1, "distributed.workers", self.workers, ">= 1")
+        require(
             self.threads_per_worker >= 1, "distributed.threads_per_worker", self.threads_per_worker, ">= 1"
         )
-        _require(self.timeout_seconds > 0, "distributed.timeout_seconds", self.timeout_seconds, "> 0")
+        require(self.timeout_seconds > 0, "distributed.timeout_seconds", self.timeout_seconds, "> 0")
 
 
 @dataclass(frozen=True)
 class Config:
-    folder: str = field(default="experiment", metadata=_RUNTIME)
+    folder: str = field(default="experiment", metadata=RUNTIME)
     seed: int = 0
     corpus: Corpus = field(default_factory=Corpus)
     data: Data = field(default_factory=Data)
     features: Features = field(default_factory=Features)
+    conditions: Conditions = field(default_factory=Conditions)
+    align: Align = field(default_factory=Align)
     senones: Senones = field(default_factory=Senones)
     teacher: Teacher = field(default_factory=Teacher)
     label: Label = field(default_factory=Label)
@@ -206,7 +274,7 @@ class Config:
         if not self.student.variants:
             return {"student": self.student}
         return {
-            name: _build(self.student, _variant(name, table), f"student.variants.{name}")
+            name: build(self.student, _variant(name, table), f"student.variants.{name}")
             for name, table in self.student.variants.items()
         }
 
@@ -226,9 +294,9 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    config = _build(Config(), tables, "")
+    config = build(Config(), tables, "")
     for override in overrides:
-        config = _build(config, _parse_override(override), "")
+        config = build(config, parse_override(override), "")
     names = config.student_variants()  # here, so that a typo in one is found before anything runs
     if config.student.only and config.student.only not in names:
         raise ValueError(
@@ -239,74 +307,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def to_toml(config: Config) -> str:
     """The resolved configuration, without the settings that never change what comes out."""
-    return tomli_w.dumps(_as_tables(config))
-
-
-def _as_tables(section: Any) -> dict[str, Any]:
-    tables: dict[str, Any] = {}
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if item.metadata.get("runtime") or value is None:
-            continue
-        if dataclasses.is_dataclass(value):
-            value = _as_tables(value)
-        tables[item.name] = list(value) if isinstance(value, tuple) else value
-    return tables
-
-
-def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1, "c": {}}} -> {"a.b": 1, "a.c": {}}."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise ValueError(f"got {override!r}: an override is section.key=value, for instance seed=1")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # an unquoted string
-    for key in reversed(name.split(".")):
-        value = {key: value}
-    return value
-
-
-def _build(section: Any, tables: Mapping[str, Any], where: str) -> Any:
-    """A copy of the dataclass `section` with the values of `tables` put in, each checked."""
-    fields = {item.name: item for item in dataclasses.fields(section)}
-    kinds = typing.get_type_hints(type(section))
-    changed: dict[str, Any] = {}
-    for key, value in tables.items():
-        name = f"{where}.{key}" if where else key
-        if key not in fields:
-            raise ValueError(f"unknown setting {name!r}{_nearest(key, fields, where)}")
-        present = getattr(section, key)
-        if dataclasses.is_dataclass(present):
-            if not isinstance(value, Mapping):
-                raise ValueError(
-                    f"{name} is a section: give its settings as {name}.KEY = VALUE, not {value!r}"
-                )
-            changed[key] = _build(present, value, name)
-        elif isinstance(present, dict):
-            changed[key] = _merge(present, _checked(value, kinds[key], name))
-        else:
-            changed[key] = _checked(value, kinds[key], name)
-    return dataclasses.replace(section, **changed)
-
-
-def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+    return tomli_w.dumps(as_tables(config))
 
 
 def _variant(name: str, table: Any) -> Mapping[str, Any]:
@@ -321,34 +322,3 @@ def _variant(name: str, table: Any) -> Mapping[str, Any]:
                 f"unknown setting '{where}.{key}'; a variant has network, schedule, optimisation"
             )
     return table
-
-
-def _nearest(key: str, known: Mapping[str, Any], where: str) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    place = f"[{where}]" if where else "the top level"
-    if close:
-        return f"; the nearest in {place} is {close[0]!r}"
-    return f"; {place} knows {', '.join(sorted(known))}"
-
-
-def _checked(value: Any, kind: Any, name: str) -> Any:
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        if not any(value == choice and type(value) is type(choice) for choice in choices):
-            raise ValueError(f"{name} = {value!r}: it must be one of {', '.join(map(repr, choices))}")
-        return value
-    if origin is types.UnionType:
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        return _checked(value, kind, name)
-    if origin is tuple:
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ValueError(f"{name} = {value!r}: a list is needed, for instance [1.0, 2.0]")
-        return tuple(_checked(part, typing.get_args(kind)[0], name) for part in value)
-    if origin is dict:
-        kind = dict
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or value != value:  # NaN
-        raise ValueError(f"{name} = {value!r}: {_NEEDED[kind]} is needed")
-    return value

@@ -18,6 +18,7 @@ import torch
 
 from teacherstudent import checkpoint
 from teacherstudent.config import Optimisation
+from teacherstudent.dataset import prepared_shards, read_lexicon, read_prepared
 from teacherstudent.decode import Hypothesis, decode_many
 from teacherstudent.experiment import Experiment
 from teacherstudent.features import FRAME_SHIFT_SECONDS
@@ -25,8 +26,7 @@ from teacherstudent.files import write_json, write_text
 from teacherstudent.graph import Graph
 from teacherstudent.label import infer
 from teacherstudent.language_model import estimate_bigram
-from teacherstudent.lexicon import Lexicon
-from teacherstudent.manifests import DEV, TEST, read_cuts, shard_paths
+from teacherstudent.manifests import DEV, TEST
 from teacherstudent.models import model_from_state
 from teacherstudent.packed import open_shards
 from teacherstudent.progress import HoursBar, hours_bar
@@ -120,15 +120,15 @@ def evaluate(experiment: Experiment) -> list[Path]:
 
 def _build_graph(experiment: Experiment, inventory: Inventory) -> Graph:
     """From the lexicon, and a bigram of lm_text.txt."""
-    lexicon = Lexicon.read(experiment.data_folder / "lexicon.txt")
+    lexicon = read_lexicon(experiment)
     text = (experiment.data_folder / "lm_text.txt").read_text(encoding="utf-8")
     return Graph.build(lexicon, inventory, estimate_bigram(text.splitlines(), lexicon.pronunciations))
 
 
 def _read_utterances(experiment: Experiment, part: str) -> list[Utterance]:
     utterances = []
-    for path in shard_paths(experiment.data_folder, part):
-        for cut in read_cuts(path):
+    for path in prepared_shards(experiment, part):
+        for cut in read_prepared(experiment, part, path):
             text = " ".join(supervision.text or "" for supervision in cut.supervisions)
             custom = cut.custom or {}
             speaker = str(custom.get("speaker") or cut.supervisions[0].speaker)

@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from teacherstudent.config import Config, flatten, to_toml
+from teacherstudent.config import Config, to_toml
 from teacherstudent.files import hash_file, hash_text, write_json, write_text
+from teacherstudent.settings import flatten
 
 
 class Experiment:

@@ -3,6 +3,7 @@
 A word may have several lines. Silence is no word's phone: it stands between words.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,15 @@ class Lexicon:
             raise ValueError(f"{path} is empty: `word phone phone …` is needed, one pronunciation a line")
         return cls.of(pairs)
 
+    def with_word_positions(self) -> "Lexicon":
+        """Every phone marked by its place in the word: _B first, _I inside, _E last, _S alone (as Kaldi does)."""
+        return Lexicon(
+            {
+                word: tuple(mark_positions(phones) for phones in several)
+                for word, several in self.pronunciations.items()
+            }
+        )
+
     def write(self, path: Path) -> None:
         lines = [
             f"{word} {' '.join(phones)}\n"
@@ -85,6 +95,19 @@ class Lexicon:
             for phones in several
         ]
         path.write_text("".join(lines), encoding="utf-8")
+
+
+def mark_positions(phones: Pronunciation) -> Pronunciation:
+    """("K", "AE", "T") -> ("K_B", "AE_I", "T_E")."""
+    if len(phones) == 1:
+        return (f"{phones[0]}_S",)
+    return (f"{phones[0]}_B", *(f"{phone}_I" for phone in phones[1:-1]), f"{phones[-1]}_E")
+
+
+def base_phone(phone: str) -> str:
+    """Without word position and stress: AE1_B -> AE."""
+    base = re.sub(r"_[BIES]$", "", phone)
+    return re.sub(r"(?<=\D)[0-9]$", "", base)
 
 
 def _check(word: str, phones: Iterable[str]) -> None:

@@ -34,6 +34,6 @@ def shard_paths(data_folder: Path, part: str) -> list[Path]:
     return paths
 
 
-def read_cuts(path: Path) -> CutSet:
-    """One shard of cuts, opened with its audio paths made relative to the shard's folder."""
-    return CutSet.from_jsonl_lazy(path).with_recording_path_prefix(str(path.parent))
+def read_cuts(path: Path, audio_folder: Path | None = None) -> CutSet:
+    """One shard of cuts; relative audio paths start at audio_folder, by default the shard's own."""
+    return CutSet.from_jsonl_lazy(path).with_recording_path_prefix(str(audio_folder or path.parent))

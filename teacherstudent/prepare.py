@@ -12,10 +12,11 @@ from lhotse import Fbank, FbankConfig
 from lhotse.cut import Cut
 
 from teacherstudent.config import Features
+from teacherstudent.dataset import source_shards
 from teacherstudent.experiment import Experiment
 from teacherstudent.features import FRAME_RULE, STACKED_FRAMES, Moments, Normalisation, stack
-from teacherstudent.files import write_json
-from teacherstudent.manifests import HUMAN, PARTS, UNLABELLED, read_cuts, shard_paths
+from teacherstudent.files import write_json, write_text
+from teacherstudent.manifests import HUMAN, PARTS, UNLABELLED, read_cuts
 from teacherstudent.packed import PackedShard, PackedWriter, shard_path
 from teacherstudent.progress import hours_bar
 
@@ -25,6 +26,11 @@ class _Task:
     cuts: Path
     output: Path
     settings: Features
+
+    @property
+    def kept(self) -> Path:
+        """The cuts that have features."""
+        return self.output.with_name(self.cuts.name)
 
 
 def prepare(experiment: Experiment) -> list[Path]:
@@ -37,7 +43,7 @@ def prepare(experiment: Experiment) -> list[Path]:
     tasks = [
         _Task(cuts, shard_path(experiment.path("features", part), "features", index), settings)
         for part in PARTS
-        for index, cuts in enumerate(shard_paths(experiment.data_folder, part))
+        for index, cuts in enumerate(source_shards(experiment, part))
     ]
     missing = [task for task in tasks if not task.output.exists()]
     for folder in {task.output.parent for task in tasks}:
@@ -49,7 +55,7 @@ def prepare(experiment: Experiment) -> list[Path]:
     normalisation = Normalisation.from_moments(_moments(tasks))
     path = experiment.path("features", "normalisation.json")
     write_json(path, normalisation.as_dict())
-    return [*(task.output for task in tasks), path]
+    return [*(task.output for task in tasks), *(task.kept for task in tasks), path]
 
 
 def _run(tasks: list[_Task], jobs: int) -> Iterator[_Task]:
@@ -79,6 +85,7 @@ def _prepare_shard(task: _Task) -> None:
         for cut in read_cuts(task.cuts):
             log_mel = extractor.extract(_load(cut, settings.sampling_rate), settings.sampling_rate)
             writer.write(cut.id, values=stack(log_mel).astype(np.float16))
+        write_text(task.kept, task.cuts.read_text(encoding="utf-8"))
 
 
 def _load(cut: Cut, sampling_rate: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacherstudent import cli
-from teacherstudent.config import Config, Decode, flatten, load, to_toml
+from teacherstudent.config import Config, Decode, load, to_toml
+from teacherstudent.settings import flatten
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "config files features lexicon senones decision_tree language_model grammar speakers noise "
+    "settings config files features lexicon senones decision_tree language_model grammar speakers noise "
     "losses models posteriors schedule progress scoring wheels",
-    "checkpoint packed_index packed manifests experiment store batches training_log kaldi_tree graph",
+    "checkpoint packed_index packed manifests experiment dataset store batches training_log kaldi_tree graph",
     "espeak pronunciation recording corpus prepare align tie workers train trainings label decode evaluate dry_run "
     "report report_data report_figures report_page report_sections",
     "run cli __main__",

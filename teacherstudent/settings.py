@@ -1,0 +1,120 @@
+"""Dataclasses from tables of values, each value checked: what config.py is read with.
+
+An unknown key is an error that names the nearest known one; a value of the wrong type is an error that names the
+type.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+_NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a table"}
+RUNTIME = {"runtime": True}  # says where or how fast to run, never what comes out: may differ on a rerun
+
+
+def require(holds: object, name: str, value: Any, needed: str) -> None:
+    """Raises ValueError when it does not hold."""
+    if not holds:
+        raise ValueError(f"{name} = {value!r}: it must be {needed}")
+
+
+def as_tables(section: Any) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if item.metadata.get("runtime") or value is None:
+            continue
+        if dataclasses.is_dataclass(value):
+            value = as_tables(value)
+        tables[item.name] = list(value) if isinstance(value, tuple) else value
+    return tables
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1, "c": {}}} -> {"a.b": 1, "a.c": {}}."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"got {override!r}: an override is section.key=value, for instance seed=1")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # an unquoted string
+    for key in reversed(name.split(".")):
+        value = {key: value}
+    return value
+
+
+def build(section: Any, tables: Mapping[str, Any], where: str) -> Any:
+    """A copy of the dataclass `section` with the values of `tables` put in, each checked."""
+    fields = {item.name: item for item in dataclasses.fields(section)}
+    kinds = typing.get_type_hints(type(section))
+    changed: dict[str, Any] = {}
+    for key, value in tables.items():
+        name = f"{where}.{key}" if where else key
+        if key not in fields:
+            raise ValueError(f"unknown setting {name!r}{_nearest(key, fields, where)}")
+        present = getattr(section, key)
+        if dataclasses.is_dataclass(present):
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"{name} is a section: give its settings as {name}.KEY = VALUE, not {value!r}"
+                )
+            changed[key] = build(present, value, name)
+        elif isinstance(present, dict):
+            changed[key] = _merge(present, _checked(value, kinds[key], name))
+        else:
+            changed[key] = _checked(value, kinds[key], name)
+    return dataclasses.replace(section, **changed)
+
+
+def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _nearest(key: str, known: Mapping[str, Any], where: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    place = f"[{where}]" if where else "the top level"
+    if close:
+        return f"; the nearest in {place} is {close[0]!r}"
+    return f"; {place} knows {', '.join(sorted(known))}"
+
+
+def _checked(value: Any, kind: Any, name: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            raise ValueError(f"{name} = {value!r}: it must be one of {', '.join(map(repr, choices))}")
+        return value
+    if origin is types.UnionType:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        return _checked(value, kind, name)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"{name} = {value!r}: a list is needed, for instance [1.0, 2.0]")
+        return tuple(_checked(part, typing.get_args(kind)[0], name) for part in value)
+    if origin is dict:
+        kind = dict
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)) or value != value:  # NaN
+        raise ValueError(f"{name} = {value!r}: {_NEEDED[kind]} is needed")
+    return value
