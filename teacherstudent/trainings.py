@@ -13,7 +13,7 @@ from teacherstudent.experiment import Experiment
 from teacherstudent.features import Normalisation
 from teacherstudent.files import hash_file
 from teacherstudent.manifests import DEV, HUMAN, UNLABELLED
-from teacherstudent.packed import open_shards
+from teacherstudent.packed import PackedShard, open_shards
 from teacherstudent.schedule import HUMAN as HUMAN_SOURCE
 from teacherstudent.schedule import MACHINE as MACHINE_SOURCE
 from teacherstudent.schedule import Plan
@@ -103,8 +103,28 @@ def _source(
     experiment: Experiment, name: str, part: str, labels: Sequence[Utterances], batch_frames: int
 ) -> Source:
     features = open_shards(experiment.path("features", part), "features")
-    lengths = [np.asarray(shard.num_frames, np.int64) for shard in features]
-    return Source(name, features, labels, lengths, batch_frames, experiment.config.seed)
+    if len(features) != len(labels):
+        raise ValueError(
+            f"part {part!r}: {len(features)} shards of features but {len(labels)} of labels: the step that makes the "
+            "labels has to run again"
+        )
+    chosen = [_Chosen(*pair) for pair in zip(features, labels)]
+    lengths = [shard.num_frames for shard in chosen]
+    return Source(name, chosen, labels, lengths, batch_frames, experiment.config.seed)
+
+
+class _Chosen:
+    """The utterances of a feature shard that have labels: those without an alignment have none."""
+
+    def __init__(self, features: PackedShard, labels: Utterances) -> None:
+        labelled = set(labels.ids)
+        rows = [row for row, name in enumerate(features.ids) if name in labelled]
+        self._features = features
+        self.ids = [features.ids[row] for row in rows]
+        self.num_frames = np.asarray(features.num_frames, np.int64)[rows]
+
+    def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
+        return self._features[utterance_id]
 
 
 class _Targets:

@@ -1,0 +1,61 @@
+"""Features beside labels: utterances without an alignment have no labels, and are not trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from teacherstudent.batches import Position
+from teacherstudent.config import Config
+from teacherstudent.experiment import Experiment
+from teacherstudent.packed import PackedWriter, shard_path
+from teacherstudent.trainings import labelled_source
+
+FEATURES = [["a", "b", "c"], ["d", "e"]]
+FRAMES = {"a": 5, "b": 6, "c": 7, "d": 8, "e": 9}
+
+
+def write_shards(
+    folder: Path, stem: str, name: str, shape: tuple[int, ...], ids: Sequence[Sequence[str]]
+) -> None:
+    for number, shard in enumerate(ids):
+        with PackedWriter(shard_path(folder, stem, number), {}, {name: ("float32", shape)}) as writer:
+            for utterance in shard:
+                writer.write(
+                    utterance, **{name: np.full((FRAMES[utterance], *shape), FRAMES[utterance], np.float32)}
+                )
+
+
+def make_experiment(folder: Path, labels: Sequence[Sequence[str]]) -> Experiment:
+    experiment = Experiment(Config(folder=str(folder)))
+    write_shards(experiment.path("features", "human"), "features", "values", (2,), FEATURES)
+    write_shards(experiment.path("senones", "human"), "labels", "senone", (), labels)
+    return experiment
+
+
+@pytest.mark.parametrize("labels", [FEATURES, [["a", "c"], ["e"]], [["b"], []], [[], ["d", "e"]]])
+def test_an_epoch_holds_every_utterance_that_has_labels_once_beside_its_own_features(
+    tmp_path: Path, labels: Sequence[Sequence[str]]
+) -> None:
+    source = labelled_source(make_experiment(tmp_path, labels), "human", batch_frames=15)
+    assert source.total_frames == sum(FRAMES[name] for shard in labels for name in shard)
+    met = []
+    for number in range(len(source.plan(0))):
+        batch = source.batch(Position(0, number))
+        assert batch.senones is not None
+        for features, senones, length in zip(batch.features, batch.senones, batch.lengths.tolist()):
+            assert (features[:length] == length).all() and (senones[:length] == length).all()
+            met.append(length)
+    assert sorted(met) == sorted(FRAMES[name] for shard in labels for name in shard)
+
+
+def test_labels_in_another_order_or_of_other_utterances_are_refused(tmp_path: Path) -> None:
+    for number, shard in enumerate((["c", "a"], ["a", "d"])):
+        with pytest.raises(ValueError, match="different utterances"):
+            labelled_source(make_experiment(tmp_path / str(number), [shard, ["d", "e"]]), "human", 15)
+
+
+def test_another_number_of_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 shards of features but 1 of labels"):
+        labelled_source(make_experiment(tmp_path, [["a"]]), "human", 15)
