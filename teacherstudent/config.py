@@ -10,43 +10,57 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 
-from teacherstudent.settings import RUNTIME, as_tables, build, parse_override, require
+from teacherstudent.settings import RUNTIME, Range, Section, as_tables, build, merge, parse_override, require
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Section):
     """Speech made by espeak-ng: many speakers, made noise. See corpus.py."""
 
-    text: str = (
-        "grammar"  # of a voice assistant; or "pseudo-words", or the path of a word list, a word a line
-    )
-    vocabulary: int = 3000  # pseudo-words, or words of the list, that are said
+    text: str = "grammar"  # of a voice assistant; "pseudo-words"; or the path of a word list, a word a line
+    vocabulary: Count = 3000  # pseudo-words, or words of the list, that are said
     phones: Literal["plain", "position-stress"] = "plain"  # AE, or AE1_B: stressed, first of its word
-    human_speakers: int = 3
-    unlabelled_speakers: int = 15
-    dev_speakers: int = 4
-    test_speakers: int = 6
-    human_minutes: float = 10.0
-    unlabelled_minutes: float = 120.0
-    dev_minutes: float = 6.0
-    test_minutes: float = 15.0
-    snr_db: tuple[float, ...] = (20.0, 10.0)  # every noisy utterance is made at one of these
-    noisy_share: float = 0.5  # of human-labelled and unlabelled utterances; dev and test have every condition
-    shard_minutes: float = 10.0
-    split: int = 0  # another number draws other speakers and deals them to other parts
-    jobs: int = field(default=2, metadata=RUNTIME)
+    human_speakers: Count = 3
+    unlabelled_speakers: Count = 15
+    dev_speakers: Count = 4
+    test_speakers: Count = 6
+    human_minutes: Positive = 10.0
+    unlabelled_minutes: Positive = 120.0
+    dev_minutes: Positive = 6.0
+    test_minutes: Positive = 15.0
+    snr_db: tuple[Finite, ...] = (20.0, 10.0)  # every noisy utterance is made at one of these
+    noisy_share: Share = 0.5  # of human-labelled and unlabelled utterances; dev and test have every condition
+    shard_minutes: Positive = 10.0
+    split: Natural = 0  # another number draws other speakers and deals them to other parts
+    jobs: Count = field(default=2, metadata=RUNTIME)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.text, "corpus.text", self.text, "'grammar', 'pseudo-words' or the path of a word list")
+        ratios = list(self.snr_db)
+        require(len(set(ratios)) == len(ratios), "corpus.snr_db", ratios, "different numbers")
+        needed = f"one or more numbers, for instance [10.0], since corpus.noisy_share = {self.noisy_share}"
+        require(ratios or not self.noisy_share, "corpus.snr_db", ratios, needed)
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Section):
     """Where the audio is. Empty: the corpus step makes it, in the experiment folder. See sources.py.
 
-    A part is a folder of lhotse cuts (cuts.*.jsonl), a Kaldi data folder (wav.scp, text, utt2spk, …), or a folder of
-    audio files with transcripts.txt (`utterance word word …` a line).
+    A part is a folder of lhotse cuts (cuts.000000.jsonl, …, used in place), a single cuts.jsonl(.gz) or a lhotse Shar
+    folder, a Kaldi data folder (wav.scp, text, utt2spk, …), or a folder of WAV and FLAC files with transcripts.txt
+    (`utterance word word …` a line; an utterance's id is its file's name).
     """
 
     folder: str = ""  # holds human/ unlabelled/ dev/ test/ with lexicon.txt beside them
@@ -55,145 +69,169 @@ class Data:
     dev: str = ""
     test: str = ""
     lexicon: str = ""  # default: FOLDER/lexicon.txt
-    language_model: str = (
-        ""  # *.arpa, *.arpa.gz, or text, a sentence a line; default: what FOLDER has of lm.arpa,
-    )
-    # lm.arpa.gz, lm_text.txt, in this order; else the human-labelled transcripts
+    # *.arpa, *.arpa.gz, or text, a sentence a line; default: what FOLDER has of lm.arpa, lm.arpa.gz, lm_text.txt, in
+    # this order; else the human-labelled transcripts
+    language_model: str = ""
     word_positions: bool = False  # mark the lexicon's phones by their place in the word: _B _I _E, _S alone
-    shard_utterances: int = 1000  # of parts that are not sharded cuts already
+    shard_utterances: Count = 1000  # of parts that are not sharded cuts already
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(Section):
     """64 log-mel energies every 10 ms, three frames stacked: 192 values every 30 ms."""
 
     sampling_rate: Literal[8000, 16000] = 16000
-    num_mels: int = 64
+    num_mels: Count = 64
     storage: Literal["stored", "on-the-fly"] = "stored"  # on the fly: computed from the audio at every use
     resample: bool = True  # audio of another sampling rate; otherwise it is left out
-    channel: int = -1  # which one of audio with several; -1: such audio is left out
-    max_left_out_share: float = 0.05  # of a part's utterances that cannot be used: more is an error
-    jobs: int = field(default=2, metadata=RUNTIME)
+    channel: Annotated[int, Range(-1)] = -1  # which one of audio with several; -1: such audio is left out
+    max_left_out_share: Share = 0.05  # of a part's utterances that cannot be used: more is an error
+    jobs: Count = field(default=2, metadata=RUNTIME)  # processes: of prepare, and of each reader on the fly
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """Training conditions: copies of utterances beside the originals, each with its own features."""
+class Conditions(Section):
+    """Training conditions: copies of utterances beside the originals, each with its own features. See conditions.py."""
 
-    parts: tuple[str, ...] = ("human",)
-    speeds: tuple[float, ...] = ()  # a copy at each, for instance [0.9, 1.1]
-    noise_folder: str = ""  # of audio files; a copy with one of them added
-    snr_db: tuple[float, ...] = (20.0, 15.0, 10.0, 5.0)  # at one of these; dev and test: a copy at each
-    impulse_response_folder: str = ""  # of audio files; a copy reverberated by one of them
+    parts: tuple[Literal["human", "unlabelled", "dev", "test"], ...] = ("human",)
+    # Times as fast: a copy at each, for instance [0.9, 1.1].
+    speeds: tuple[Annotated[float, Range(0.5, 2)], ...] = ()
+    noise_folder: str = ""  # of WAV and FLAC files, at any depth; a copy with one of them added
+    snr_db: tuple[Finite, ...] = (20.0, 15.0, 10.0, 5.0)  # at one of these; dev and test: a copy at each
+    impulse_response_folder: str = ""  # of WAV and FLAC files; a copy reverberated by one of them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("speeds", "snr_db"):
+            values = list(getattr(self, name))
+            require(len(set(values)) == len(values), f"conditions.{name}", values, "different numbers")
+        require(1.0 not in self.speeds, "conditions.speeds", list(self.speeds), "other than 1, the original")
+        needed = "one or more numbers, since there is a conditions.noise_folder"
+        require(self.snr_db or not self.noise_folder, "conditions.snr_db", [], needed)
 
 
 @dataclass(frozen=True)
-class Align:
+class Align(Section):
     """Which phone every frame belongs to: from the transcripts, or from alignments brought along."""
 
     source: Literal["cuts", "transcripts", "kaldi", "ctm", "textgrid"] = "cuts"
     folder: str = ""  # kaldi, ctm, textgrid: holds human/ dev/ test/, or all in one
-    snip_edges: bool = True  # kaldi: how its frames were made (the default of compute-mfcc-feats)
-    frame_shift_seconds: float = 0.01  # kaldi: 0.03 for the alignments of a chain model
-    unknown_word: str = (
-        ""  # transcripts: the lexicon's word for words it lacks; empty: the utterance is left out
-    )
-    states: int = 3  # transcripts: emitting states of a phone in the Gaussian models
-    monophone_gaussians: int = 1000
-    triphone_leaves: int = 1000
-    triphone_gaussians: int = 5000
-    monophone_iterations: int = 25
-    triphone_iterations: int = 20
-    beam: float = 40.0
-    max_dropped_share: float = 0.1  # of a part's utterances without an alignment: more is an error
-    jobs: int = field(default=2, metadata=RUNTIME)
+    snip_edges: bool = True  # kaldi, ctm: how Kaldi made its frames; false for a CTM of true times
+    frame_shift_seconds: Annotated[float, Range(0, 0.1, above=True)] = 0.01  # 0.03: of a chain model
+    # Transcripts: the lexicon's word for words it lacks; empty: the utterance is left out
+    unknown_word: str = ""
+    # The rest but the last two: transcripts. Gaussian models, which only find where phones begin. See flat_start.py.
+    # Of human-labelled speech, in shards evenly spread, that the models are fitted to.
+    training_hours: Positive = 50.0
+    states: Annotated[int, Range(1, 9)] = 3  # of a phone, 10 ms or more each; silence: twice as many
+    monophone_gaussians: Count = 1000  # at most, with a hundred frames of 10 ms for each; so for triphones
+    monophone_iterations: Count = 15
+    triphone_leaves: Natural = 1000  # tied states, at most; 0: monophones alone
+    triphone_gaussians: Count = 5000
+    triphone_iterations: Count = 10
+    beam: Positive = 40.0  # of the search for the best path; ten times as wide if it finds none
+    max_dropped_share: Share = 0.1  # of a part's utterances without an alignment: more is an error
+    jobs: Count = field(default=2, metadata=RUNTIME)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = f"the folder that holds the alignments, since align.source = {self.source!r}"
+        require(self.folder or self.source in ("cuts", "transcripts"), "align.folder", self.folder, needed)
 
 
 @dataclass(frozen=True)
-class Senones:
+class Senones(Section):
     """Triphone states tied by a decision tree. See senones.py."""
 
-    target: int = 3000
-    min_count: int = 50  # frames that every senone must have seen
-    min_gain: float = 50.0  # log-likelihood a split must bring
+    target: Count = 3000
+    min_count: Count = 50  # frames that every senone must have seen
+    min_gain: NotNegative = 50.0  # log-likelihood a split must bring
     shared_roots: Literal["phone", "base"] = "base"  # base: AE1_B and AE0_E grow from the roots of AE
-    questions: str = ""  # a file of phone sets, one a line (Kaldi's sets.txt); empty: found from the data
+    # A file of phone sets, one a line (Kaldi's extra_questions.txt); empty: found from the data.
+    questions: str = ""
     kaldi_tree: str = ""  # a Kaldi folder with tree, topo (or final.mdl) and phones.txt, taken as it is
+    jobs: Count = field(default=2, metadata=RUNTIME)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = (
+            "empty, since senones.kaldi_tree is set: a tree that is taken as it is asks its own questions"
+        )
+        require(not (self.questions and self.kaldi_tree), "senones.questions", self.questions, needed)
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(Section):
     """Stacked LSTM layers and one linear layer to the senones."""
 
-    layers: int = 5
-    cells: int = 768  # per direction
+    layers: Count = 5
+    cells: Count = 768  # per direction
     bidirectional: bool = False
-    output_delay_frames: int = 0  # of 30 ms: how far a unidirectional network may look ahead
+    output_delay_frames: Natural = 0  # of 30 ms: how far a unidirectional network may look ahead
     # Over all data; over all that a speaker said; or over what was heard so far, as a stream has to.
     normalisation: Literal["global", "speaker", "causal"] = "global"
-    dropout: float = 0.0  # between layers, one mask an utterance
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # between layers, one mask an utterance
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = "0, since a bidirectional network sees the whole utterance"
+        unneeded = self.bidirectional and self.output_delay_frames
+        require(not unneeded, "network.output_delay_frames", self.output_delay_frames, needed)
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Section):
     """Which source each step trains on, and at which learning rate. Every worker is on the same source."""
 
     mode: Literal["interleaved", "human-only", "machine-only"] = "interleaved"
-    steps: int = 10000
-    machine_turn_steps: int = 3
-    human_turn_steps: int = 1
-    human_learning_rate_multiplier: float = 2.0
-    final_learning_rate_ratio: float = 0.1  # exponential decay reaches it at the last step
-    warmup_steps: int = 0
-    validate_every_steps: int = 500
+    steps: Count = 10000
+    machine_turn_steps: Count = 3
+    human_turn_steps: Count = 1
+    human_learning_rate_multiplier: Positive = 2.0
+    # Exponential decay reaches it at the last step.
+    final_learning_rate_ratio: Annotated[float, Range(0, 1, above=True)] = 0.1
+    warmup_steps: Natural = 0
+    validate_every_steps: Count = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = f"below steps, which is {self.steps}"
+        require(self.warmup_steps < self.steps, "schedule.warmup_steps", self.warmup_steps, needed)
 
 
 @dataclass(frozen=True)
-class Optimisation:
+class Optimisation(Section):
     """How one step is taken, and how the workers share it."""
 
     method: Literal["exact", "gtc", "bmuf"] = "exact"
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    clip_norm: float = 1.0  # of each worker's gradient, before any exchange
-    batch_frames: int = 4000  # frames of 30 ms a worker takes in one step
-    density: float = 1e-3  # gtc: share of gradient elements sent
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
+    clip_norm: Positive = 1.0  # of each worker's gradient, before any exchange
+    batch_frames: Count = 4000  # frames of 30 ms a worker takes in one step
+    # Gtc: share of gradient elements sent.
+    density: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-3
     multi_quantum: bool = False  # gtc: send all that has grown past the threshold, not one quantum a step
-    block_steps: int = 50  # bmuf
-    block_momentum: float | None = None  # bmuf: default 1 - 1/workers
-
-    def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
-        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
-        require(self.batch_frames >= 1, "batch_frames", self.batch_frames, ">= 1")
-        require(0 < self.density < 1, "density", self.density, "in (0, 1)")
-        require(self.block_steps >= 1, "block_steps", self.block_steps, ">= 1")
-        momentum = self.block_momentum
-        require(momentum is None or 0 <= momentum < 1, "block_momentum", momentum, "in [0, 1)")
+    block_steps: Count = 50  # bmuf
+    block_momentum: Annotated[float, Range(0, 1, below=True)] | None = None  # bmuf: default 1 - 1/workers
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(Section):
     network: Network = field(default_factory=lambda: Network(cells=832, bidirectional=True))
     schedule: Schedule = field(default_factory=lambda: Schedule(mode="human-only"))
     optimisation: Optimisation = field(default_factory=Optimisation)
 
 
 @dataclass(frozen=True)
-class Label:
+class Label(Section):
     """The teacher's posteriors over the unlabelled shards, the k highest of each frame kept."""
 
-    k: int = 20
-    batch_frames: int = 20000
-
-    def __post_init__(self) -> None:
-        require(self.k >= 1, "label.k", self.k, ">= 1")
-        require(self.batch_frames >= 1, "label.batch_frames", self.batch_frames, ">= 1")
+    k: Count = 20
+    batch_frames: Count = 20000
 
 
 @dataclass(frozen=True)
-class Student:
+class Student(Section):
     """The student, and named variants of it: `[student.variants.NAME.schedule]` overrides what is here."""
 
     network: Network = field(default_factory=lambda: Network(output_delay_frames=4))
@@ -204,59 +242,48 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Decode:
+class Decode(Section):
     """WFST decoding over lexicon and language model.
 
     The acoustic scale (one over the language weight) and the word penalty are chosen on the development speakers.
     """
 
-    acoustic_scales: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0, 1.4)
-    word_penalties: tuple[float, ...] = (0.0,)  # cost of every word, natural logarithm
-    beam: float = 15.0
-    lattice_beam: float = 8.0
-    max_active: int = 7000
-    nbest: int = 1  # hypotheses of every test utterance that are written
-    bootstrap_samples: int = 1000
+    acoustic_scales: tuple[Positive, ...] = (0.3, 0.5, 0.7, 1.0, 1.4)
+    word_penalties: tuple[Finite, ...] = (0.0,)  # cost of every word, natural logarithm
+    beam: Positive = 15.0
+    max_active: Annotated[int, Range(21)] = 7000
+    lattices: bool = False  # of the test utterances: kept, with n-best lists and the confidence of every word
+    lattice_beam: Positive = 8.0
+    nbest: Count = 10  # word sequences in an n-best list
+    bootstrap_samples: Count = 1000
+    only: str = field(default="", metadata=RUNTIME)  # decode this one alone: "teacher", or a student's name
     score_by: tuple[str, ...] = ("condition",)  # fields of the cuts; "speaker" is one
-    speed_seconds: float = (
-        60.0  # of test audio on which each network's speed is measured, on one core; 0: not
-    )
-    jobs: int = field(default=2, metadata=RUNTIME)
+    # Of test audio on which each network's speed is measured, on one core; 0: not.
+    speed_seconds: NotNegative = field(default=60.0, metadata=RUNTIME)
+    jobs: Count = field(default=2, metadata=RUNTIME)
 
     def __post_init__(self) -> None:
-        scales = self.acoustic_scales
-        require(scales and min(scales) > 0, "decode.acoustic_scales", list(scales), "one or more, each > 0")
-        require(self.beam > 0, "decode.beam", self.beam, "> 0")
-        require(self.max_active >= 1, "decode.max_active", self.max_active, ">= 1")
-        require(self.bootstrap_samples >= 1, "decode.bootstrap_samples", self.bootstrap_samples, ">= 1")
-        require(self.jobs >= 1, "decode.jobs", self.jobs, ">= 1")
-        require(self.lattice_beam > 0, "decode.lattice_beam", self.lattice_beam, "> 0")
-        require(self.nbest >= 1, "decode.nbest", self.nbest, ">= 1")
-        require(self.word_penalties, "decode.word_penalties", list(self.word_penalties), "one or more")
-        require(self.speed_seconds >= 0, "decode.speed_seconds", self.speed_seconds, ">= 0")
+        super().__post_init__()
+        for name in ("acoustic_scales", "word_penalties"):
+            require(getattr(self, name), f"decode.{name}", [], "one or more numbers")
+        fields = list(self.score_by)
+        require(len(set(fields)) == len(fields), "decode.score_by", fields, "different fields")
 
 
 @dataclass(frozen=True)
-class Distributed:
+class Distributed(Section):
     """Without a launcher, `workers` in-process workers train; under a launcher its workers do."""
 
-    workers: int = 1
+    workers: Count = 1
     # Of launched workers; in-process ones have one each. More are faster on large models, and change last bits.
-    threads_per_worker: int = 1
-    timeout_seconds: float = field(default=600.0, metadata=RUNTIME)
-
-    def __post_init__(self) -> None:
-        require(self.workers >= 1, "distributed.workers", self.workers, ">= 1")
-        require(
-            self.threads_per_worker >= 1, "distributed.threads_per_worker", self.threads_per_worker, ">= 1"
-        )
-        require(self.timeout_seconds > 0, "distributed.timeout_seconds", self.timeout_seconds, "> 0")
+    threads_per_worker: Count = 1
+    timeout_seconds: Positive = field(default=600.0, metadata=RUNTIME)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     folder: str = field(default="experiment", metadata=RUNTIME)
-    seed: int = 0
+    seed: Natural = 0
     corpus: Corpus = field(default_factory=Corpus)
     data: Data = field(default_factory=Data)
     features: Features = field(default_factory=Features)
@@ -268,6 +295,12 @@ class Config:
     student: Student = field(default_factory=Student)
     decode: Decode = field(default_factory=Decode)
     distributed: Distributed = field(default_factory=Distributed)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        marked = self.corpus.phones == "position-stress" and not self.data.folder
+        needed = "false: corpus.phones = 'position-stress' marks them already"
+        require(not (self.data.word_positions and marked), "data.word_positions", True, needed)
 
     def student_variants(self) -> dict[str, Student]:
         """Every student of the experiment by name; without variants, the one named "student"."""
@@ -294,14 +327,16 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
-    config = build(Config(), tables, "")
     for override in overrides:
-        config = build(config, parse_override(override), "")
+        tables = merge(tables, parse_override(override))
+    config = build(Config(), tables, "")
     names = config.student_variants()  # here, so that a typo in one is found before anything runs
     if config.student.only and config.student.only not in names:
         raise ValueError(
             f"student.only = {config.student.only!r}: the students of this experiment are {', '.join(names)}"
         )
+    needed = f"the teacher or a student of this experiment: {', '.join(['teacher', *names])}"
+    require(config.decode.only in ("", "teacher", *names), "decode.only", config.decode.only, needed)
     return config
 
 

@@ -27,7 +27,6 @@ class AcousticModel(nn.Module):
 
     def __init__(self, network: Network, num_senones: int, normalisation: Normalisation) -> None:
         super().__init__()
-        _check(network)
         self.network, self.num_senones = network, num_senones
         self.register_buffer("mean", torch.from_numpy(normalisation.mean.copy()))
         self.register_buffer("deviation", torch.from_numpy(normalisation.deviation.copy()))
@@ -78,15 +77,6 @@ class Layer(nn.Module):
             backwards = self.directions[1](_reverse(hidden, lengths))[0]
             outputs.append(_reverse(backwards, lengths))
         return torch.cat(outputs, dim=2)
-
-
-def _check(network: Network) -> None:
-    if network.layers < 1 or network.cells < 1 or network.output_delay_frames < 0:
-        raise ValueError(f"{network}: layers and cells must be >= 1, output_delay_frames >= 0")
-    if not 0 <= network.dropout < 1:
-        raise ValueError(f"dropout = {network.dropout}: it must be in [0, 1)")
-    if network.bidirectional and network.output_delay_frames:
-        raise ValueError("a bidirectional network sees the whole utterance: output_delay_frames must be 0")
 
 
 def _reverse(hidden: Tensor, lengths: Tensor) -> Tensor:

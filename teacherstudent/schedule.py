@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from teacherstudent.config import Schedule
+from teacherstudent.settings import require
 
 HUMAN: Final = "human"
 MACHINE: Final = "machine"
@@ -35,7 +36,7 @@ class Plan:
     """The schedule of one training: `plan[step]`, `len(plan)`."""
 
     def __init__(self, schedule: Schedule, learning_rate: float) -> None:
-        _check(schedule, learning_rate)
+        require(learning_rate > 0, "learning_rate", learning_rate, "> 0")
         self.schedule, self.base_learning_rate = schedule, learning_rate
 
     def __len__(self) -> int:
@@ -82,27 +83,3 @@ class Plan:
         first, last = self._learning_rate(schedule.warmup_steps), self._learning_rate(len(self) - 1)
         warmup = f", warm-up over {schedule.warmup_steps} steps" if schedule.warmup_steps else ""
         return f"{schedule.mode}: {turns}; {len(self)} steps, learning rate {first:g} to {last:g}{warmup}"
-
-
-def _check(schedule: Schedule, learning_rate: float) -> None:
-    needs = {
-        "steps": (schedule.steps, schedule.steps >= 1, ">= 1"),
-        "machine_turn_steps": (schedule.machine_turn_steps, schedule.machine_turn_steps >= 1, ">= 1"),
-        "human_turn_steps": (schedule.human_turn_steps, schedule.human_turn_steps >= 1, ">= 1"),
-        "human_learning_rate_multiplier": (
-            schedule.human_learning_rate_multiplier,
-            schedule.human_learning_rate_multiplier > 0,
-            "> 0",
-        ),
-        "final_learning_rate_ratio": (
-            schedule.final_learning_rate_ratio,
-            0 < schedule.final_learning_rate_ratio <= 1,
-            "in (0, 1]",
-        ),
-        "warmup_steps": (schedule.warmup_steps, 0 <= schedule.warmup_steps < schedule.steps, "in [0, steps)"),
-        "validate_every_steps": (schedule.validate_every_steps, schedule.validate_every_steps >= 1, ">= 1"),
-        "learning_rate": (learning_rate, learning_rate > 0, "> 0"),
-    }
-    for name, (value, holds, needed) in needs.items():
-        if not holds:
-            raise ValueError(f"{name} = {value!r}: it must be {needed}")

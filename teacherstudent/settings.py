@@ -6,11 +6,13 @@ type.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 _NEEDED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a table"}
 RUNTIME = {"runtime": True}  # says where or how fast to run, never what comes out: may differ on a rerun
@@ -20,6 +22,52 @@ def require(holds: object, name: str, value: Any, needed: str) -> None:
     """Raises ValueError when it does not hold."""
     if not holds:
         raise ValueError(f"{name} = {value!r}: it must be {needed}")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Of a number, in a setting's annotation: `Annotated[float, Range(0, above=True)]`. Finite in any case."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False  # not low itself
+    below: bool = False  # not high itself
+
+    def __contains__(self, value: float) -> bool:
+        enough = value > self.low if self.above else value >= self.low
+        return math.isfinite(value) and enough and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return "finite" if math.isinf(self.low) else f"{'>' if self.above else '>='} {self.low:g}"
+        return f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Settings that belong together; each is in its range, however they were made."""
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, {item.name: getattr(self, item.name) for item in dataclasses.fields(self)})
+
+
+def _check_ranges(section: Section, values: Mapping[str, Any], where: str | None = None) -> None:
+    """where: the section's place in the file, for messages; by default its own name."""
+    where = type(section).__name__.lower() if where is None else where
+    kinds = typing.get_type_hints(type(section), include_extras=True)
+    for key, value in values.items():
+        _check_range(value, kinds[key], f"{where}.{key}" if where and where != "config" else key)
+
+
+def _check_range(value: Any, kind: Any, name: str) -> None:
+    for part in typing.get_args(kind):
+        if isinstance(part, Range) and value is not None:
+            require(value in part, name, value, str(part))
+        elif (
+            typing.get_origin(part) is Annotated and value is not None
+        ):  # of a list, or of what may be left out
+            for number in value if isinstance(value, tuple) else [value]:
+                _check_range(number, part, name)
 
 
 def as_tables(section: Any) -> dict[str, Any]:
@@ -75,17 +123,18 @@ def build(section: Any, tables: Mapping[str, Any], where: str) -> Any:
                 )
             changed[key] = build(present, value, name)
         elif isinstance(present, dict):
-            changed[key] = _merge(present, _checked(value, kinds[key], name))
+            changed[key] = merge(present, _checked(value, kinds[key], name))
         else:
             changed[key] = _checked(value, kinds[key], name)
+    _check_ranges(section, changed, where)
     return dataclasses.replace(section, **changed)
 
 
-def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
@@ -104,7 +153,7 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
         if not any(value == choice and type(value) is type(choice) for choice in choices):
             raise ValueError(f"{name} = {value!r}: it must be one of {', '.join(map(repr, choices))}")
         return value
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
         return _checked(value, kind, name)
     if origin is tuple:

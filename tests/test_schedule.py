@@ -116,9 +116,8 @@ def test_there_is_no_step_before_the_first_or_after_the_last(step: int) -> None:
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name_with_what_it_must_be(name: str, value: float) -> None:
-    schedule = dataclasses.replace(Schedule(steps=10), **{name: value})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=f"{name} = {value!r}: it must be "):
-        Plan(schedule, 0.1)
+    with pytest.raises(ValueError, match=f"schedule.{name} = {value!r}: it must be "):
+        dataclasses.replace(Schedule(steps=10), **{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, math.nan])
