@@ -1,14 +1,15 @@
 """The `corpus` step: speech made by espeak-ng, with a lexicon, in the four parts of an experiment.
 
 Speakers differ in voice, accent, rate and pitch, and no speaker is in two parts. The sentences come from a
-voice-assistant grammar. Human-labelled and unlabelled utterances are clean or noisy in the same shares; every
-development and test sentence is there clean and at every signal-to-noise ratio. The noise is made: babble of
-background speakers who are in no part (and not the same ones for training as for development and test),
-coloured noise, mains hum.
+voice-assistant grammar, or from an open vocabulary of pseudo-words or of a word list (corpus.text). Human-labelled
+and unlabelled utterances are clean or noisy in the same shares; every development and test sentence is there clean
+and at every signal-to-noise ratio. The noise is made: babble of background speakers who are in no part (and not the
+same ones for training as for development and test), coloured noise, mains hum.
 
     lexicon.txt  lm_text.txt  speakers.json  settings.json
     {human,unlabelled,dev,test}/cuts.000000.jsonl …    {human,unlabelled,dev,test}/audio/SPEAKER/UTTERANCE.flac
     withheld/unlabelled.jsonl                          what was said in the unlabelled part, for studies
+    report.json                                        open vocabulary: sentences that the lexicon did not cover
 
 Everything follows from the settings and the seed: each session runs in a fresh synthesiser with its own
 generators, so the number of jobs changes nothing.
@@ -19,9 +20,11 @@ import json
 import math
 import multiprocessing
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,15 +33,18 @@ import numpy as np
 from teacherstudent import wheels
 from teacherstudent.config import Corpus
 from teacherstudent.espeak import EXTRA, WHEEL
-from teacherstudent.files import write_json, write_text
-from teacherstudent.grammar import draw_sentence, list_words
+from teacherstudent.files import hash_text, write_json, write_text
+from teacherstudent.grammar import Grammar, Sentences
 from teacherstudent.manifests import DEV, HUMAN, PARTS, TEST, UNLABELLED
 from teacherstudent.progress import hours_bar
-from teacherstudent.pronunciation import build_lexicon
+from teacherstudent.pronunciation import MIN_SHARE, build_lexicon
 from teacherstudent.recording import Session, count_accent, derive, record, record_background
 from teacherstudent.speakers import ACCENTS, Speaker, draw_speakers
+from teacherstudent.vocabulary import make_vocabulary, read_vocabulary
 
+GRAMMAR, PSEUDO_WORDS = "grammar", "pseudo-words"  # corpus.text; anything else is the path of a word list
 LM_SENTENCES = 5000
+MAX_LEFT_OUT_SHARE = 0.05  # of the sentences: beyond it there is a warning
 SESSION_SECONDS = 600.0  # a speaker with more to say says it in several sessions
 BACKGROUNDS = {"background-training": (HUMAN, UNLABELLED), "background-evaluation": (DEV, TEST)}
 BACKGROUND_SPEAKERS = 6  # in each of them
@@ -49,11 +55,14 @@ R = TypeVar("R")
 def make_corpus(folder: Path, settings: Corpus, sampling_rate: int, seed: int) -> None:
     """Make the corpus in `folder`, which is there only when it is complete.
 
-    An interrupted call is gone on with by the next one. Raises ValueError for settings out of range, without
-    the wheels of teacherstudent[corpus], and for a folder that holds a corpus of other settings.
+    An interrupted call is gone on with by the next one. Raises ValueError without the wheels of
+    teacherstudent[corpus], for a word list that cannot be said, and for a folder that holds a corpus of other
+    settings.
     """
-    _check(settings, seed)
-    made_from = _describe(settings, sampling_rate, seed)
+    if seed < 0:
+        raise ValueError(f"seed = {seed}: it must be >= 0")
+    sentences = _open_sentences(settings, seed)
+    made_from = _describe(settings, sentences, sampling_rate, seed)
     if folder.exists():
         if _read_settings(folder) != made_from:
             raise ValueError(
@@ -69,45 +78,43 @@ def make_corpus(folder: Path, settings: Corpus, sampling_rate: int, seed: int) -
     write_json(partial / "settings.json", made_from)
     speakers = draw_speakers(_count_speakers(settings), settings.split)
     write_json(partial / "speakers.json", {speaker.id: dataclasses.asdict(speaker) for speaker in speakers})
-    _write_lm_text(partial, settings, seed)
+    _write_lm_text(partial, sentences, settings, seed)
     with _Pool(settings.jobs) as pool:
-        _write_lexicon(partial, pool)
-        _write_backgrounds(partial, speakers, settings, sampling_rate, seed, pool)
-        sessions = _plan_sessions(partial, speakers, settings, sampling_rate, seed)
+        _write_lexicon(partial, sentences, settings, pool)
+        _write_backgrounds(partial, speakers, sentences, settings, sampling_rate, seed, pool)
+        sessions = _plan_sessions(partial, speakers, sentences, settings, sampling_rate, seed)
         _record(sessions, settings, pool)
     shutil.rmtree(partial / "withheld", ignore_errors=True)
     for part in PARTS:
         paths = [session.path for session in sessions if session.speaker.part == part]
         _write_shards(partial, part, paths, settings, seed)
+    _report_left_out(partial, sessions, settings)
     for scratch in ("sessions", "background"):
         shutil.rmtree(partial / scratch)
     partial.replace(folder)
 
 
-def _check(settings: Corpus, seed: int) -> None:
-    for name in ("human_speakers", "unlabelled_speakers", "dev_speakers", "test_speakers", "jobs"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"corpus.{name} = {getattr(settings, name)}: at least 1 is needed")
-    for name in ("human_minutes", "unlabelled_minutes", "dev_minutes", "test_minutes", "shard_minutes"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise ValueError(f"corpus.{name} = {getattr(settings, name)}: more than 0 is needed")
-    if not 0 <= settings.noisy_share <= 1:
-        raise ValueError(f"corpus.noisy_share = {settings.noisy_share}: a share from 0 to 1 is needed")
-    if settings.noisy_share and not settings.snr_db:
-        raise ValueError(
-            f"corpus.noisy_share = {settings.noisy_share} and corpus.snr_db is empty: give a signal-to-noise "
-            "ratio in dB, for instance [10.0], or noisy_share = 0"
+def _open_sentences(settings: Corpus, seed: int) -> Sentences:
+    if settings.text == GRAMMAR:
+        return Grammar()
+    if settings.text == PSEUDO_WORDS:
+        return make_vocabulary(settings.vocabulary, seed)
+    vocabulary = read_vocabulary(Path(settings.text), settings.vocabulary)
+    if len(vocabulary.words) < settings.vocabulary:
+        warnings.warn(
+            f"corpus.vocabulary = {settings.vocabulary}, and {settings.text} has {len(vocabulary.words)} words: all "
+            "of them are said",
+            stacklevel=3,
         )
-    if len(set(settings.snr_db)) < len(settings.snr_db) or not all(map(math.isfinite, settings.snr_db)):
-        raise ValueError(f"corpus.snr_db = {list(settings.snr_db)}: finite numbers are needed, each once")
-    if settings.split < 0 or seed < 0:
-        raise ValueError(f"seed = {seed}, corpus.split = {settings.split}: neither can be below 0")
+    return vocabulary
 
 
-def _describe(settings: Corpus, sampling_rate: int, seed: int) -> Any:
+def _describe(settings: Corpus, sentences: Sentences, sampling_rate: int, seed: int) -> Any:
     """What decides over the contents, as it comes back from JSON."""
     corpus = dataclasses.asdict(settings)
     del corpus["jobs"]
+    if settings.text not in (GRAMMAR, PSEUDO_WORDS):
+        corpus |= {"text": "word list", "words_sha256": hash_text("\n".join(sentences.words))}
     return json.loads(json.dumps({"corpus": corpus, "sampling_rate": sampling_rate, "seed": seed}))
 
 
@@ -121,37 +128,60 @@ def _count_speakers(settings: Corpus) -> dict[str, int]:
     return parts | dict.fromkeys(BACKGROUNDS, BACKGROUND_SPEAKERS)
 
 
-def _write_lm_text(folder: Path, settings: Corpus, seed: int) -> None:
+def _write_lm_text(folder: Path, sentences: Sentences, settings: Corpus, seed: int) -> None:
     rng = derive(seed, settings.split, "language model")
-    write_text(folder / "lm_text.txt", "".join(f"{draw_sentence(rng)}\n" for _ in range(LM_SENTENCES)))
+    write_text(folder / "lm_text.txt", "".join(f"{sentences.draw(rng)}\n" for _ in range(LM_SENTENCES)))
 
 
-def _write_lexicon(folder: Path, pool: "_Pool") -> None:
+def _write_lexicon(folder: Path, sentences: Sentences, settings: Corpus, pool: "_Pool") -> None:
     path = folder / "lexicon.txt"
     if path.exists():
         return
+    stress = settings.phones == "position-stress"
     counts: Counter[Any] = Counter()
-    for accent in pool.map(count_accent, [(accent,) for accent in ACCENTS]):
+    unsaid: dict[str, str] = {}
+    for accent, missing in pool.map(count_accent, [(accent, sentences, stress) for accent in ACCENTS]):
         counts.update(accent)
-    lexicon = build_lexicon(counts)
-    assert lexicon.words == list_words(), set(list_words()) ^ set(lexicon.words)
-    lexicon.write(path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+        unsaid |= missing
+    if unsaid:
+        named = "".join(f"\n  {why}" for why in islice(unsaid.values(), 10))
+        raise ValueError(
+            f"espeak-ng has no pronunciation for {len(unsaid)} of the {len(sentences.words)} words of "
+            f"{settings.text} in some accent: take them out.{named}"
+        )
+    # Frequent words meet few of their neighbours in these carriers: what was heard once is not a rare accident there.
+    lexicon = build_lexicon(counts, MIN_SHARE if settings.text == GRAMMAR else 0.0)
+    temporary = path.with_suffix(".partial")
+    (lexicon.with_word_positions() if stress else lexicon).write(temporary)
+    temporary.replace(path)
 
 
 def _write_backgrounds(
-    folder: Path, speakers: list[Speaker], settings: Corpus, sampling_rate: int, seed: int, pool: "_Pool"
+    folder: Path,
+    speakers: list[Speaker],
+    sentences: Sentences,
+    settings: Corpus,
+    sampling_rate: int,
+    seed: int,
+    pool: "_Pool",
 ) -> None:
     (folder / "background").mkdir(exist_ok=True)
     for name in BACKGROUNDS:
         tasks = [
-            (speaker, sampling_rate, seed, settings.split) for speaker in speakers if speaker.part == name
+            (speaker, sentences, sampling_rate, seed, settings.split)
+            for speaker in speakers
+            if speaker.part == name
         ]
         np.save(folder / "background" / f"{name}.npy", np.stack(list(pool.map(record_background, tasks))))
 
 
 def _plan_sessions(
-    folder: Path, speakers: list[Speaker], settings: Corpus, sampling_rate: int, seed: int
+    folder: Path,
+    speakers: list[Speaker],
+    sentences: Sentences,
+    settings: Corpus,
+    sampling_rate: int,
+    seed: int,
 ) -> list[Session]:
     (folder / "sessions").mkdir(exist_ok=True)
     background = {part: name for name, parts in BACKGROUNDS.items() for part in parts}
@@ -165,6 +195,8 @@ def _plan_sessions(
             sessions.append(
                 Session(
                     speaker=speaker,
+                    sentences=sentences,
+                    stress=settings.phones == "position-stress",
                     number=number,
                     seconds=60 * minutes / count / num_sessions,
                     labelled=speaker.part != UNLABELLED,
@@ -187,6 +219,27 @@ def _record(sessions: list[Session], settings: Corpus, pool: "_Pool") -> None:
     with hours_bar(total, "corpus") as bar:
         for seconds in pool.as_completed(record, [(session,) for session in sessions]):
             bar.update(seconds)
+
+
+def _report_left_out(folder: Path, sessions: list[Session], settings: Corpus) -> None:
+    """Sentences that were drawn and then drawn anew, because someone said a word as the lexicon does not have it."""
+    num_said, words = 0, Counter[str]()
+    for session in sessions:
+        with session.path.open(encoding="utf-8") as file:
+            for line in file:
+                entry = json.loads(line)
+                num_said += 1
+                words.update(entry["left_out"])
+    if settings.text != GRAMMAR:
+        report = {"recorded": num_said, "left_out": words.total(), "words": dict(words.most_common(20))}
+        write_json(folder / "report.json", report)
+    share = words.total() / (num_said + words.total())
+    if share > MAX_LEFT_OUT_SHARE:
+        warnings.warn(
+            f"corpus.text = {settings.text!r}: {share:.0%} of the sentences were not said as the lexicon has it and "
+            f"others were drawn for them, mostly for {', '.join(word for word, _ in words.most_common(5))}",
+            stacklevel=3,
+        )
 
 
 def _write_shards(folder: Path, part: str, sessions: list[Path], settings: Corpus, seed: int) -> None:

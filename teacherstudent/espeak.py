@@ -26,7 +26,7 @@ SAMPLING_RATE = 22050  # what espeak-ng speaks at
 WHEEL, EXTRA = "espeakng_loader", "corpus"
 
 _SYNCHRONOUS, _PHONEME_EVENTS, _RATE, _PITCH = 2, 1, 1, 3  # espeak-ng/speak_lib.h
-_BY_CHARACTER, _UTF8 = 1, 1
+_BY_CHARACTER, _UTF8, _PHONEMES = 1, 1, 0x100
 _KINDS = {1: "word", 7: "phoneme"}
 
 
@@ -66,7 +66,10 @@ class Voice:
         )
 
     def speak(self, text: str) -> Speech:
-        """Say a text. Raises RuntimeError when the synthesiser has ended; it says why on stderr."""
+        """Say a text; `[[…]]` in it holds phonemes in espeak-ng's notation.
+
+        Raises RuntimeError when the synthesiser has ended; it says why on stderr.
+        """
         incoming, outgoing = self._process.stdin, self._process.stdout
         assert incoming is not None and outgoing is not None
         try:
@@ -145,7 +148,9 @@ class _Synthesiser:
         self._samples: list[bytes] = []
         self._events: list[Event] = []
         data = text.encode()
-        if self._library.espeak_Synth(data, len(data) + 1, 0, _BY_CHARACTER, 0, _UTF8, None, None):
+        if self._library.espeak_Synth(
+            data, len(data) + 1, 0, _BY_CHARACTER, 0, _UTF8 | _PHONEMES, None, None
+        ):
             raise RuntimeError(f"espeak-ng could not say {text!r}")
         self._library.espeak_Synchronize()
         return Speech(b"".join(self._samples), tuple(self._events))

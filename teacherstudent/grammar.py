@@ -5,10 +5,34 @@ punctuation and no number in figures: what is written is what is said, word for 
 """
 
 import re
+import zlib
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
+CARRIER_DRAWS = 2000  # among them are the sentences from which the lexicon learns an accent's pronunciations
+
 _NAME = re.compile(r"<(\w+)>")
+
+
+class Sentences(Protocol):
+    """What people say: `Grammar` here, `Vocabulary` in vocabulary.py."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Every word that a sentence can have, each once."""
+
+    def draw(self, rng: np.random.Generator) -> str:
+        """One sentence: words with single spaces between them."""
+
+    def spell(self, text: str) -> str:
+        """What espeak-ng is given for it: as many words, in the same order."""
+
+    def draw_carriers(self, accent: str) -> Iterator[str]:
+        """Sentences from which the lexicon learns how an accent says the words: the same for every seed."""
+
 
 GRAMMAR: dict[str, tuple[str, ...]] = {
     "sentence": (
@@ -111,3 +135,29 @@ def list_words() -> list[str]:
     """Every word that a sentence can have, sorted."""
     alternatives = (text for texts in GRAMMAR.values() for text in texts)
     return sorted({word for text in alternatives for word in _NAME.sub(" ", text).split()})
+
+
+class Grammar:
+    """The sentences of GRAMMAR, said as they are written."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(list_words())
+
+    def draw(self, rng: np.random.Generator) -> str:
+        return draw_sentence(rng)
+
+    def spell(self, text: str) -> str:
+        return text
+
+    def draw_carriers(self, accent: str) -> Iterator[str]:
+        """Every word beside every neighbour that it has: how it is said depends on them. No other by accent."""
+        rng = np.random.default_rng([zlib.crc32(b"carriers")])
+        seen: set[tuple[str, str]] = set()
+        for _ in range(CARRIER_DRAWS):
+            text = draw_sentence(rng)
+            words = ["", *text.split(), ""]
+            pairs = set(pairwise(words))
+            if pairs - seen:
+                seen |= pairs
+                yield text

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,21 @@ import numpy as np
 
 from teacherstudent.espeak import SAMPLING_RATE as SPOKEN_RATE
 from teacherstudent.espeak import Speech, Voice
-from teacherstudent.grammar import draw_sentence
+from teacherstudent.grammar import Sentences
 from teacherstudent.lexicon import SILENCE, Lexicon, Pronunciation
 from teacherstudent.noise import KINDS, decibels_to_gain, make_noise, mean_square, mix
-from teacherstudent.pronunciation import Alignment, Segment, align, count_pronunciations, group_phones
+from teacherstudent.pronunciation import (
+    Alignment,
+    Group,
+    Segment,
+    Uncovered,
+    align,
+    count_pronunciations,
+    group_phones,
+    without_positions,
+)
 from teacherstudent.speakers import Speaker
 
-CARRIER_DRAWS = 2000  # among them are the sentences from which the lexicon learns an accent's pronunciations
 CARRIER_RATE = 400  # words a minute: the fastest, since nobody hears them
 BACKGROUND_SECONDS = 40.0  # of every background speaker
 
@@ -40,11 +47,13 @@ class Session:
     """What one speaker is to record in one go.
 
     seconds: of clean audio. labelled: with transcripts and alignments. every_condition: each sentence clean and
-    at every signal-to-noise ratio; otherwise noisy_share of them at one ratio. voices: file of (V, M) speech
-    for babble. folder: the corpus'.
+    at every signal-to-noise ratio; otherwise noisy_share of them at one ratio. stress: phones have stress and word
+    position. voices: file of (V, M) speech for babble. folder: the corpus'.
     """
 
     speaker: Speaker
+    sentences: Sentences
+    stress: bool
     number: int
     seconds: float
     labelled: bool
@@ -71,33 +80,39 @@ def derive(seed: int, split: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, split, zlib.crc32(name.encode())])
 
 
-def count_accent(accent: str) -> dict[tuple[str, Pronunciation], int]:
-    """How an accent says the words of the grammar, in sentences that are the same for every corpus."""
+def count_accent(
+    accent: str, sentences: Sentences, stress: bool
+) -> tuple[dict[tuple[str, Pronunciation], int], dict[str, str]]:
+    """How often an accent says each word how, in carrier sentences; and the words that it cannot say, and why."""
+    unsaid: dict[str, str] = {}
+
+    def listen(voice: Voice) -> Iterator[list[Group]]:
+        for text in sentences.draw_carriers(accent):
+            spoken = sentences.spell(text)
+            try:
+                yield group_phones(text, voice.speak(spoken), spoken, stress)
+            except Uncovered as reason:
+                unsaid[reason.word] = str(reason)
+
     with Voice(accent, CARRIER_RATE, 50) as voice:
-        return dict(count_pronunciations(group_phones(text, voice.speak(text)) for text in draw_carriers()))
+        counts = dict(count_pronunciations(listen(voice)))
+    said = {word for word, _ in counts}
+    missing = [word for word in sentences.words if word not in said]
+    reasons = {word: unsaid[word] for word in missing if word in unsaid}
+    # Without a reason of its own, a word may lack only because of those that have one: they spoil whole sentences.
+    return counts, reasons or {word: f"{word!r} is not said" for word in missing}
 
 
-def draw_carriers() -> Iterator[str]:
-    """Sentences with every word beside every neighbour that it has: how it is said depends on them."""
-    rng = np.random.default_rng([zlib.crc32(b"carriers")])
-    seen: set[tuple[str, str]] = set()
-    for _ in range(CARRIER_DRAWS):
-        text = draw_sentence(rng)
-        words = ["", *text.split(), ""]
-        pairs = set(pairwise(words))
-        if pairs - seen:
-            seen |= pairs
-            yield text
-
-
-def record_background(speaker: Speaker, sampling_rate: int, seed: int, split: int) -> np.ndarray:
+def record_background(
+    speaker: Speaker, sentences: Sentences, sampling_rate: int, seed: int, split: int
+) -> np.ndarray:
     """(M,) float32 speech of mean square 1, without a pause between the sentences."""
     rng = derive(seed, split, speaker.id)
     length = int(BACKGROUND_SECONDS * sampling_rate)
     pieces: list[np.ndarray] = []
     with Voice(speaker.voice, speaker.rate, speaker.pitch) as voice:
         while sum(map(len, pieces)) < length:
-            spoken = _as_float(voice.speak(draw_sentence(rng)).samples)
+            spoken = _as_float(voice.speak(sentences.spell(sentences.draw(rng))).samples)
             pieces.append(_resample(spoken, sampling_rate))
     speech = np.concatenate(pieces)[:length]
     return speech / np.float32(np.sqrt(mean_square(speech)))
@@ -107,6 +122,8 @@ def record(session: Session) -> float:
     """Write a session's audio and cuts; returns seconds of audio. A session that is complete is left alone."""
     if not session.path.exists():
         lexicon = Lexicon.read(session.folder / "lexicon.txt")
+        if session.stress:
+            lexicon = without_positions(lexicon)
         voices = np.load(session.voices, mmap_mode="r")
         temporary = session.path.with_suffix(".partial")
         with (
@@ -123,12 +140,13 @@ def record(session: Session) -> float:
 def _record_utterances(
     session: Session, voice: Voice, lexicon: Lexicon, voices: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    """Entries {"cut": …, "text": …}, whose audio is written."""
+    """Entries {"cut": …, "text": …, "left_out": …}, whose audio is written; left_out: words, see _Take."""
     seconds, number = 0.0, 0
     while seconds < session.seconds:
         name = f"{session.name}-{number:04d}"
         rng = derive(session.seed, session.split, name)
-        take = _draw_take(voice, lexicon, session.sampling_rate, rng)
+        take = _draw_take(voice, lexicon, session, rng)
+        left_out = take.left_out
         for snr_db in _draw_conditions(session, rng):
             condition = "clean" if snr_db is None else f"{snr_db:g}dB"
             custom = {"condition": condition, "speaker": session.speaker.id}
@@ -141,7 +159,9 @@ def _record_utterances(
             entry_id = f"{name}-{condition}" if session.every_condition else name
             audio = Path("audio", session.speaker.id, f"{entry_id}.flac")
             _write_audio(session.folder / session.speaker.part / audio, samples, session.sampling_rate)
-            yield {"cut": _make_cut(entry_id, audio, take, custom, session), "text": take.text}
+            cut = _make_cut(entry_id, audio, take, custom, session)
+            yield {"cut": cut, "text": take.text, "left_out": left_out}
+            left_out = []
         seconds += len(take.speech) / session.sampling_rate
         number += 1
 
@@ -159,7 +179,8 @@ class _Take:
     """A sentence as one speaker said it, without noise.
 
     words, phones: (symbol, start, duration) in seconds; the phones cover all of the recording.
-    speech: (N,) float32, 1 is full scale. spoken: the samples from the first phone to the last.
+    speech: (N,) float32, 1 is full scale. spoken: the samples from the first phone to the last. left_out: of each
+    sentence drawn before that the lexicon does not cover, the word.
     """
 
     text: str
@@ -167,21 +188,33 @@ class _Take:
     phones: list[tuple[str, float, float]]
     speech: np.ndarray
     spoken: slice
+    left_out: list[str]
 
 
-def _draw_take(voice: Voice, lexicon: Lexicon, sampling_rate: int, rng: np.random.Generator) -> _Take:
+def _draw_take(voice: Voice, lexicon: Lexicon, session: Session, rng: np.random.Generator) -> _Take:
     """Sentences are drawn until one is said as the lexicon has it, which nearly all are."""
+    left_out: list[str] = []
     for _ in range(MAX_DRAWS):
-        text = draw_sentence(rng)
-        said = voice.speak(text)
-        alignment = align(text, said, lexicon)
-        if alignment is not None:
-            return _make_take(text, said, alignment, sampling_rate, rng)
-    raise RuntimeError(f"none of {MAX_DRAWS} sentences was said as the lexicon has it; the last was {text!r}")
+        text = session.sentences.draw(rng)
+        spoken = session.sentences.spell(text)
+        said = voice.speak(spoken)
+        try:
+            alignment = align(text, said, lexicon, spoken, session.stress)
+        except Uncovered as reason:
+            left_out.append(reason.word)
+            last = reason
+        else:
+            return _make_take(text, said, alignment, session.sampling_rate, left_out, rng)
+    raise RuntimeError(f"none of {MAX_DRAWS} sentences was said as the lexicon has it; in the last, {last}")
 
 
 def _make_take(
-    text: str, said: Speech, alignment: Alignment, sampling_rate: int, rng: np.random.Generator
+    text: str,
+    said: Speech,
+    alignment: Alignment,
+    sampling_rate: int,
+    left_out: list[str],
+    rng: np.random.Generator,
 ) -> _Take:
     lead, trail = (round(seconds * SPOKEN_RATE) for seconds in rng.uniform(*MARGIN_SECONDS, 2))
     spoken = _as_float(said.samples)[alignment.start :]
@@ -198,7 +231,7 @@ def _make_take(
     active = slice(*(round(place / SPOKEN_RATE * sampling_rate) for place in (first, last)))
     level = decibels_to_gain(rng.uniform(*LEVEL_DB)) / np.sqrt(mean_square(speech[active]))
     speech = mix(speech * np.float32(level), rng.standard_normal(len(speech), np.float32), FLOOR_DB, active)
-    return _Take(text, words, phones, speech, active)
+    return _Take(text, words, phones, speech, active, left_out)
 
 
 def _as_items(segments: Iterable[Segment], shift: int) -> list[tuple[str, float, float]]:

@@ -3,7 +3,7 @@ from collections import Counter
 
 import numpy as np
 
-from teacherstudent.grammar import GRAMMAR, draw_sentence, list_words
+from teacherstudent.grammar import GRAMMAR, Grammar, draw_sentence, list_words
 
 
 def draw(num_sentences: int, seed: int = 0) -> list[str]:
@@ -47,3 +47,11 @@ def test_the_generator_decides() -> None:
 
 def test_there_are_many_sentences() -> None:
     assert len(set(draw(10000))) > 4000
+
+
+def test_carriers_have_every_word_and_are_the_same_for_every_accent() -> None:
+    grammar = Grammar()
+    carriers = list(grammar.draw_carriers("en"))
+    assert {word for text in carriers for word in text.split()} == set(grammar.words) == set(list_words())
+    assert carriers == list(grammar.draw_carriers("en-us"))
+    assert all(grammar.spell(text) == text for text in carriers[:10])

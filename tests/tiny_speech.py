@@ -66,27 +66,30 @@ def best_state_sequence(scores, inventory, phones):
     return max(best[-1], best[-2])
 
 
+def sentence_score(scores, inventory, words, language_model=LANGUAGE_MODEL):
+    """Of its best pronunciations, silences and times; -inf if the words do not fit."""
+    sentence = (BEGIN, *words, END)
+    grammar = math.log(10) * sum(
+        language_model.log10_probability(sentence[:i], sentence[i]) for i in range(1, len(sentence))
+    )
+    assert SILENCE_PROBABILITY == 0.5  # with silence or without: both are as likely
+    grammar += (len(words) + 1) * math.log(SILENCE_PROBABILITY)
+    acoustics = -math.inf
+    for spoken in itertools.product(*(LEXICON.pronunciations[word] for word in words)):
+        for silences in itertools.product(((), (SILENCE,)), repeat=len(words) + 1):
+            phones = list(silences[0])
+            for pronunciation, silence in zip(spoken, silences[1:]):
+                phones += [*pronunciation, *silence]
+            if 0 < len(phones) <= len(scores):
+                acoustics = max(acoustics, best_state_sequence(scores, inventory, phones))
+    return grammar + acoustics
+
+
 def enumerate_hypotheses(scores, inventory, language_model=LANGUAGE_MODEL, max_words=3):
-    """Every sentence of up to max_words words: {words: score of its best pronunciation, silences and times}."""
-    found = {}
-    for length in range(max_words + 1):
-        for words in itertools.product(LEXICON.words, repeat=length):
-            sentence = (BEGIN, *words, END)
-            grammar = math.log(10) * sum(
-                language_model.log10_probability(sentence[:i], sentence[i]) for i in range(1, len(sentence))
-            )
-            grammar += (length + 1) * math.log(
-                SILENCE_PROBABILITY
-            )  # with silence or without: both are as likely
-            assert SILENCE_PROBABILITY == 0.5
-            acoustics = -math.inf
-            for spoken in itertools.product(*(LEXICON.pronunciations[word] for word in words)):
-                for silences in itertools.product(((), (SILENCE,)), repeat=length + 1):
-                    phones = list(silences[0])
-                    for pronunciation, silence in zip(spoken, silences[1:]):
-                        phones += [*pronunciation, *silence]
-                    if 0 < len(phones) <= len(scores):
-                        acoustics = max(acoustics, best_state_sequence(scores, inventory, phones))
-            if acoustics > -math.inf:
-                found[words] = grammar + acoustics
-    return found
+    """Every sentence of up to max_words words that fits, and its score."""
+    found = {
+        words: sentence_score(scores, inventory, words, language_model)
+        for length in range(max_words + 1)
+        for words in itertools.product(LEXICON.words, repeat=length)
+    }
+    return {words: score for words, score in found.items() if score > -math.inf}
