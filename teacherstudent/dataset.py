@@ -13,16 +13,27 @@ from teacherstudent.lexicon import Lexicon
 from teacherstudent.manifests import read_cuts, shard_paths
 
 
-def source_folder(experiment: Experiment, part: str) -> Path:
-    """Of a part's cuts as they came: made or imported by the corpus step, or brought along."""
-    made = experiment.path("corpus", part)
-    brought = getattr(experiment.config.data, part)
-    return made if made.is_dir() else Path(brought) if brought else experiment.data_folder / part
+def brought_folder(experiment: Experiment, part: str) -> Path | None:
+    """Where a part lies that was brought along, in whatever form; None where the corpus step makes it."""
+    data = experiment.config.data
+    if getattr(data, part):
+        return Path(getattr(data, part))
+    return Path(data.folder) / part if data.folder else None
 
 
 def source_shards(experiment: Experiment, part: str) -> list[Path]:
-    folder = source_folder(experiment, part)
+    """Of a part's cuts as they came: made or imported by the corpus step, or brought along and used in place."""
+    made, brought = experiment.path("corpus", part), brought_folder(experiment, part)
+    folder = made if made.is_dir() or brought is None else brought
     return shard_paths(folder.parent, folder.name)
+
+
+def audio_folder(experiment: Experiment, part: str) -> Path:
+    """Where the relative audio paths of a part's cuts start: beside the audio, made or brought along."""
+    made, brought = experiment.path("corpus", part), brought_folder(experiment, part)
+    if brought is None or (made / "audio").is_dir():
+        return made
+    return brought if brought.is_dir() else brought.parent
 
 
 def prepared_shards(experiment: Experiment, part: str) -> list[Path]:
@@ -32,7 +43,7 @@ def prepared_shards(experiment: Experiment, part: str) -> list[Path]:
 
 def read_prepared(experiment: Experiment, part: str, shard: Path) -> CutSet:
     """One of the prepared shards; its audio is where the source's is."""
-    return read_cuts(shard, source_folder(experiment, part))
+    return read_cuts(shard, audio_folder(experiment, part))
 
 
 def lexicon_path(experiment: Experiment) -> Path:

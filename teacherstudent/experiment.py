@@ -119,15 +119,32 @@ class Experiment:
         hashes = {self._name(path): hash_file(path) for path in sorted(outputs)}
         self._write_record(step, self._record(step) | {"outputs": hashes})
 
+    def _brought(self) -> list[tuple[str, Path]]:
+        """What the data that lie elsewhere are called in the records, in any folder: data/human, data/lexicon, …"""
+        data = self.config.data
+        named = [(name, getattr(data, name)) for name in ("human", "unlabelled", "dev", "test")]
+        named += [("lexicon", data.lexicon), ("language_model", data.language_model)]
+        senones = self.config.senones
+        named += [("align", self.config.align.folder), ("questions", senones.questions)]
+        named += [("kaldi_tree", senones.kaldi_tree)]
+        return [(f"data/{name}", Path(place)) for name, place in named if place] + [
+            ("data", self.data_folder)
+        ]
+
     def _name(self, path: Path) -> str:
         """Relative, also for data that were brought along and lie elsewhere."""
         if path.is_relative_to(self.folder):
             return path.relative_to(self.folder).as_posix()
-        return f"data/{path.relative_to(self.data_folder).as_posix()}"
+        name, place = next((name, place) for name, place in self._brought() if path.is_relative_to(place))
+        return (Path(name) / path.relative_to(place)).as_posix()
 
     def _place(self, name: str) -> Path:
-        inside = self.folder / name
-        return inside if inside.exists() or not name.startswith("data/") else self.data_folder / name[5:]
+        if (self.folder / name).exists() or not name.startswith("data/"):
+            return self.folder / name
+        called, place = next(
+            (called, place) for called, place in self._brought() if Path(name).is_relative_to(called)
+        )
+        return place / Path(name).relative_to(called)
 
     def _write_record(self, step: str, record: dict[str, Any]) -> None:
         write_json(self.path("steps", f"{step}.json"), record)

@@ -12,6 +12,14 @@ import numpy as np
 STACKED_FRAMES = 3
 FRAME_SHIFT_SECONDS = 0.03
 FRAME_RULE = "10 ms, snip_edges=False, stacked by 3, last frame repeated"
+PRIOR_FRAMES = 100  # of the global mean and variance, 3 seconds, that causal normalisation starts from
+_LEAST_VARIANCE = 1e-4
+
+
+def num_stacked_frames(num_samples: int, sampling_rate: int) -> int:
+    """T: ceil(T10 / 3), where T10 is num_samples in frames of 10 ms, rounded, halves up, as lhotse does."""
+    hop = sampling_rate // 100
+    return -(-((num_samples + hop // 2) // hop) // STACKED_FRAMES)
 
 
 def stack(log_mel: np.ndarray, stacked_frames: int = STACKED_FRAMES) -> np.ndarray:
@@ -39,19 +47,28 @@ class Moments:
 
     @classmethod
     def add(cls, parts: Iterable["Moments"]) -> "Moments":
-        """In the order given, so that the sum has the same bits wherever the parts were computed."""
-        parts = list(parts)
-        if not any(part.num_frames for part in parts):
+        """One after the other in the order given: the sum has the same bits wherever the parts were computed.
+
+        Raises ValueError when there is no frame among them.
+        """
+        total: Moments | None = None
+        for part in parts:
+            total = part if total is None else total + part
+        if total is None or not total.num_frames:
             raise ValueError("no frames to normalise by: the training parts are empty")
-        squares = np.sum([part.total_squares for part in parts], axis=0)
-        return cls(
-            sum(part.num_frames for part in parts), np.sum([part.total for part in parts], axis=0), squares
+        return total
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.num_frames + other.num_frames,
+            self.total + other.total,
+            self.total_squares + other.total_squares,
         )
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Global mean and standard deviation, over all training frames."""
+    """Mean and standard deviation: over all training frames, or over all that one speaker said."""
 
     mean: np.ndarray  # (F,) float32
     deviation: np.ndarray  # (F,) float32
@@ -60,7 +77,12 @@ class Normalisation:
     def from_moments(cls, moments: Moments) -> "Normalisation":
         mean = moments.total / moments.num_frames
         variance = moments.total_squares / moments.num_frames - mean**2
-        return cls(mean.astype(np.float32), np.sqrt(np.maximum(variance, 1e-4)).astype(np.float32))
+        return cls(mean.astype(np.float32), np.sqrt(np.maximum(variance, _LEAST_VARIANCE)).astype(np.float32))
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Normalisation":
+        """features: (T, F), one frame at least."""
+        return cls.from_moments(Moments.of(features))
 
     def as_dict(self) -> dict[str, Any]:
         return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
@@ -68,3 +90,28 @@ class Normalisation:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Normalisation":
         return cls(np.asarray(values["mean"], np.float32), np.asarray(values["deviation"], np.float32))
+
+
+def normalise_by(values: np.ndarray, own: Normalisation, overall: Normalisation) -> np.ndarray:
+    """(T, F) -> (T, F) float32 with the mean and deviation of all data in the place of the speaker's own.
+
+    x' = (x - own mean) / own deviation * overall deviation + overall mean: a model that normalises by `overall`
+    then sees the speaker's values at mean 0 and deviation 1.
+    """
+    scaled = (values.astype(np.float32) - own.mean) / own.deviation
+    return scaled * overall.deviation + overall.mean
+
+
+def normalise_causally(values: np.ndarray, overall: Normalisation) -> np.ndarray:
+    """(T, F) -> (T, F) float32, as normalise_by, by what was heard of the utterance up to and with each frame.
+
+    The running mean and variance start from those of all data, which count as PRIOR_FRAMES frames; row t depends on
+    rows 0 … t alone, so that a stream can do the same.
+    """
+    wide, mean = values.astype(np.float64), overall.mean.astype(np.float64)
+    deviation = overall.deviation.astype(np.float64)
+    heard = PRIOR_FRAMES + np.arange(1, len(wide) + 1)[:, None]
+    running_mean = (PRIOR_FRAMES * mean + np.cumsum(wide, axis=0)) / heard
+    squares = (PRIOR_FRAMES * (deviation**2 + mean**2) + np.cumsum(wide**2, axis=0)) / heard
+    running_deviation = np.sqrt(np.maximum(squares - running_mean**2, _LEAST_VARIANCE))
+    return ((wide - running_mean) / running_deviation * deviation + mean).astype(np.float32)

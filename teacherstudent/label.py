@@ -14,10 +14,12 @@ from teacherstudent import checkpoint
 from teacherstudent.batches import collate
 from teacherstudent.distributed import Communicator
 from teacherstudent.experiment import Experiment
+from teacherstudent.feature_reader import ReadableShard, open_features
 from teacherstudent.features import FRAME_SHIFT_SECONDS
 from teacherstudent.manifests import UNLABELLED
 from teacherstudent.models import AcousticModel, model_from_state
-from teacherstudent.packed import PackedShard, open_shards, shard_path
+from teacherstudent.packed import shard_path
+from teacherstudent.prefetch import num_readers, read_shards
 from teacherstudent.progress import hours_bar
 from teacherstudent.store import STEM, TargetWriter
 from teacherstudent.trainings import target_provenance
@@ -30,14 +32,18 @@ def label(experiment: Experiment, comm: Communicator) -> list[Path]:
     model = model_from_state(checkpoint.load(experiment.path("teacher", "best.pt"))).to(comm.device)
     provenance = target_provenance(experiment)
     settings = experiment.config.label
-    shards = open_shards(experiment.path("features", UNLABELLED), "features")
+    shards = open_features(experiment, UNLABELLED, model.network.normalisation)
     outputs = [shard_path(folder, STEM, number) for number in range(len(shards))]
     mine = [number for number in range(comm.rank, len(shards), comm.size) if not outputs[number].exists()]
     total = sum(int(shards[number].num_frames.sum()) for number in mine) * comm.size * FRAME_SHIFT_SECONDS
-    with hours_bar(total, "label", show=comm.rank == 0) as bar:
-        for number in mine:
+    readers = num_readers(experiment.config.features)
+    with (
+        hours_bar(total, "label", show=comm.rank == 0) as bar,
+        read_shards([shards[number] for number in mine], readers) as loaded,
+    ):
+        for number, shard in zip(mine, loaded):
             with TargetWriter(outputs[number], model.num_senones, settings.k, provenance) as writer:
-                for utterance_id, logits in infer(model, shards[number], settings.batch_frames, comm.device):
+                for utterance_id, logits in infer(model, shard, settings.batch_frames, comm.device):
                     writer.write(utterance_id, logits)
             bar.update(float(shards[number].num_frames.sum()) * comm.size * FRAME_SHIFT_SECONDS)
     comm.barrier(math.inf)  # the others may have hours to go
@@ -46,7 +52,7 @@ def label(experiment: Experiment, comm: Communicator) -> list[Path]:
 
 @torch.inference_mode()
 def infer(
-    model: AcousticModel, shard: PackedShard, batch_frames: int, device: torch.device | str = "cpu"
+    model: AcousticModel, shard: ReadableShard, batch_frames: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(utterance id, logits (T, S)) of every utterance of a shard, in its order.
 

@@ -1,117 +1,229 @@
-"""The `prepare` step: from cuts to stacked log-mel features, shard by shard, in parallel processes."""
+"""The `prepare` step: from cuts to stacked log-mel features, shard by shard, in parallel processes.
 
+    features/PART/…            see feature_shards.py
+    features/PART/speakers.h5  mean and deviation of every speaker of the part
+    features/normalisation.json  mean and deviation of the training parts, copies in other conditions included
+    features/skipped.jsonl     {"part", "id", "reason"} of every utterance that was left out
+    features/report.json       utterances, hours, and what was left out by reason, of every part
+
+A shard that is there is not made again, so the step goes on where it was interrupted. When features are computed on
+the fly the same is done and only the values are not written: audio that cannot be used is found before a training is.
+"""
+
+import json
 import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from lhotse import Fbank, FbankConfig
-from lhotse.cut import Cut
 
-from teacherstudent.config import Features
-from teacherstudent.dataset import source_shards
+from teacherstudent.conditions import Sounds
+from teacherstudent.dataset import audio_folder, source_shards
 from teacherstudent.experiment import Experiment
-from teacherstudent.features import FRAME_RULE, STACKED_FRAMES, Moments, Normalisation, stack
+from teacherstudent.feature_reader import read_index
+from teacherstudent.feature_shards import (
+    Survey,
+    Task,
+    hash_id,
+    make_shard,
+    read_moments,
+    survey,
+    write_speakers,
+)
+from teacherstudent.features import STACKED_FRAMES, Moments, Normalisation
 from teacherstudent.files import write_json, write_text
-from teacherstudent.manifests import HUMAN, PARTS, UNLABELLED, read_cuts
-from teacherstudent.packed import PackedShard, PackedWriter, shard_path
+from teacherstudent.manifests import DEV, HUMAN, LABELLED_PARTS, PARTS, TEST, UNLABELLED, read_entries
 from teacherstudent.progress import hours_bar
 
-
-@dataclass(frozen=True)
-class _Task:
-    cuts: Path
-    output: Path
-    settings: Features
-
-    @property
-    def kept(self) -> Path:
-        """The cuts that have features."""
-        return self.output.with_name(self.cuts.name)
+_EXAMPLES = 5  # reasons that are named in an error or a warning, each with an utterance
+Result = TypeVar("Result")
 
 
 def prepare(experiment: Experiment) -> list[Path]:
-    """Write features/PART/features.*.h5 for every part, and features/normalisation.json.
+    """Write the features folder.
 
-    Raises ValueError for audio that is missing, has another sampling rate or more than one channel, or holds
-    values that are not finite, naming the cut.
+    Raises ValueError for manifests that are broken, ids that are used twice, and parts of which more than
+    features.max_left_out_share cannot be used.
     """
     settings = experiment.config.features
-    tasks = [
-        _Task(cuts, shard_path(experiment.path("features", part), "features", index), settings)
-        for part in PARTS
-        for index, cuts in enumerate(source_shards(experiment, part))
-    ]
-    missing = [task for task in tasks if not task.output.exists()]
-    for folder in {task.output.parent for task in tasks}:
+    tasks = _find_tasks(experiment, _find_sounds(experiment))
+    for folder in {task.kept.parent for task in tasks}:
         folder.mkdir(parents=True, exist_ok=True)
-    seconds = {task: sum(cut.duration for cut in read_cuts(task.cuts)) for task in missing}
-    with hours_bar(sum(seconds.values()), "features") as bar:
-        for task in _run(missing, settings.jobs):
-            bar.update(seconds[task])
-    normalisation = Normalisation.from_moments(_moments(tasks))
-    path = experiment.path("features", "normalisation.json")
-    write_json(path, normalisation.as_dict())
-    return [*(task.output for task in tasks), *(task.kept for task in tasks), path]
+    with ProcessPoolExecutor(settings.jobs, multiprocessing.get_context("spawn")) as pool:
+        surveys = dict(_run(pool, survey, [task.source for task in tasks]))
+        _check_unique(tasks, surveys)
+        missing = {task.source: task for task in tasks if not task.is_done}
+        with hours_bar(sum(surveys[source].seconds for source in missing), "features") as bar:
+            for task, _ in _run(pool, make_shard, missing.values()):
+                bar.update(surveys[task.source].seconds)
+    skipped = _list_skipped(experiment, tasks)
+    report = _report(tasks, skipped)
+    lines = [
+        json.dumps({"part": part, "id": name, "reason": why}) for part in PARTS for name, why in skipped[part]
+    ]
+    outputs = [
+        experiment.path("features", name) for name in ("skipped.jsonl", "report.json", "normalisation.json")
+    ]
+    write_text(outputs[0], "".join(f"{line}\n" for line in lines))
+    write_json(outputs[1], report)
+    _check_left_out(report, skipped, tasks, settings.max_left_out_share)
+    write_json(outputs[2], _normalise(experiment, tasks).as_dict())
+    speakers = [experiment.path("features", part, "speakers.h5") for part in PARTS]
+    return [path for task in tasks for path in task.outputs] + speakers + outputs
 
 
-def _run(tasks: list[_Task], jobs: int) -> Iterator[_Task]:
-    if jobs < 1:
-        raise ValueError(f"features.jobs = {jobs}: at least one process is needed")
-    with ProcessPoolExecutor(min(jobs, len(tasks)) or 1, multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(_prepare_shard, task): task for task in tasks}
-        try:
-            for future in as_completed(pending):
-                future.result()
-                yield pending[future]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _prepare_shard(task: _Task) -> None:
-    torch.set_num_threads(1)
-    settings = task.settings
-    extractor = Fbank(FbankConfig(sampling_rate=settings.sampling_rate, num_filters=settings.num_mels))
-    num_values = settings.num_mels * STACKED_FRAMES
-    header = {
-        "frame_rule": FRAME_RULE,
-        "num_mels": settings.num_mels,
-        "sampling_rate": settings.sampling_rate,
-    }
-    with PackedWriter(task.output, header, {"values": ("float16", (num_values,))}) as writer:
-        for cut in read_cuts(task.cuts):
-            log_mel = extractor.extract(_load(cut, settings.sampling_rate), settings.sampling_rate)
-            writer.write(cut.id, values=stack(log_mel).astype(np.float16))
-        write_text(task.kept, task.cuts.read_text(encoding="utf-8"))
-
-
-def _load(cut: Cut, sampling_rate: int) -> np.ndarray:
-    """(1, num_samples) float32."""
-    if cut.sampling_rate != sampling_rate:
-        raise ValueError(
-            f"cut {cut.id}: the audio has {cut.sampling_rate} samples a second, features.sampling_rate is "
-            f"{sampling_rate}: write the manifests anew after lhotse's cuts.resample({sampling_rate})"
+def _find_tasks(experiment: Experiment, sounds: Sounds) -> list[Task]:
+    config = experiment.config
+    return [
+        Task(
+            part=part,
+            source=source,
+            kept=experiment.path("features", part, source.name.removesuffix(".gz")),
+            audio_folder=audio_folder(experiment, part),
+            settings=config.features,
+            conditions=config.conditions,
+            sounds=sounds,
+            labelled=part in LABELLED_PARTS,
+            copied=part in config.conditions.parts,
+            every_ratio=part in (DEV, TEST),
+            seed=config.seed,
         )
-    if cut.num_channels != 1:
+        for part in PARTS
+        for source in source_shards(experiment, part)
+    ]
+
+
+def _find_sounds(experiment: Experiment) -> Sounds:
+    """What conditions are made with; the same from the beginning of the step to its end."""
+    sounds = Sounds.find(experiment.config.conditions)
+    path = experiment.path("features", "sounds.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(json.dumps(asdict(sounds)))
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != found:
         raise ValueError(
-            f"cut {cut.id}: {cut.num_channels} channels, one is needed: take one with lhotse's to_mono()"
+            "conditions.noise_folder or conditions.impulse_response_folder holds other sounds than when the features "
+            f"were begun: bring them back, or remove {path.parent} to prepare anew"
         )
+    write_json(path, found)
+    return sounds
+
+
+def _run(
+    pool: Executor, function: Callable[[Any], Result], arguments: Iterable[Any]
+) -> Iterator[tuple[Any, Result]]:
+    """(argument, result), in the order in which they come."""
+    pending = {pool.submit(function, argument): argument for argument in arguments}
     try:
-        samples = cut.load_audio()
-    except Exception as error:  # lhotse raises many kinds, from its backends too
-        sources = [source.source for source in cut.recording.sources]
-        reason = str(error).partition("\n[extra info]")[0]  # what follows is the whole cut, more than once
-        raise ValueError(f"cut {cut.id}: the audio {sources} cannot be read: {reason}") from None
-    if not np.isfinite(samples).all():
-        raise ValueError(f"cut {cut.id}: the audio holds values that are not finite")
-    return samples
+        for future in as_completed(pending):
+            yield pending[future], future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            "a process that prepares features was ended from outside, or for want of memory: start the step again, "
+            "with fewer features.jobs if memory is short; it goes on where it was"
+        ) from None
+    finally:
+        for future in pending:
+            future.cancel()
 
 
-def _moments(tasks: list[_Task]) -> Moments:
-    """Over the training parts."""
-    training = [task.output for task in tasks if task.output.parent.name in (HUMAN, UNLABELLED)]
-    shards = (np.concatenate([arrays["values"] for _, arrays in PackedShard(path)]) for path in training)
-    return Moments.add(Moments.of(values) for values in shards)
+def _check_unique(tasks: list[Task], surveys: dict[Path, Survey]) -> None:
+    """Over all parts: a later step finds an utterance by its id, and no speech may be in two parts."""
+    values, counts = np.unique(
+        np.concatenate([surveys[task.source].id_hashes for task in tasks]), return_counts=True
+    )
+    suspects = set(values[counts > 1].tolist())
+    seen: dict[str, Path] = {}
+    for task in tasks if suspects else []:
+        for entry in read_entries(task.source):
+            name = entry["id"]
+            if hash_id(name) in suspects:
+                if name in seen:
+                    raise ValueError(
+                        f"the id {name!r} is used twice: in {seen[name]} and in {task.source}. Every utterance of "
+                        "all parts needs an id of its own, and may be in one part only"
+                    )
+                seen[name] = task.source
+
+
+def _normalise(experiment: Experiment, tasks: list[Task]) -> Normalisation:
+    """Write every part's speakers.h5; returns what is global."""
+    num_features = experiment.config.features.num_mels * STACKED_FRAMES
+    training = Moments(0, np.zeros(num_features), np.zeros(num_features))
+    for part in PARTS:
+        speakers: dict[str, Moments] = {}
+        for task in tasks:
+            for speaker, moments in read_moments(task.moments) if task.part == part else ():
+                if part in (HUMAN, UNLABELLED):
+                    training += moments
+                if speaker is not None:
+                    speakers[speaker] = speakers[speaker] + moments if speaker in speakers else moments
+        write_speakers(experiment.path("features", part, "speakers.h5"), speakers, num_features)
+    return Normalisation.from_moments(Moments.add([training]))
+
+
+def _list_skipped(experiment: Experiment, tasks: list[Task]) -> dict[str, list[tuple[str, str]]]:
+    """(id, reason) of every part: what the import of the data could not use, and what has no features."""
+    skipped: dict[str, list[tuple[str, str]]] = {}
+    for part in PARTS:
+        imported = experiment.path("corpus", part, "skipped.jsonl")
+        lines = imported.read_text(encoding="utf-8").splitlines() if imported.is_file() else []
+        skipped[part] = [(entry["id"], entry["reason"]) for entry in map(json.loads, lines)]
+        for task in tasks:
+            if task.part == part:
+                skipped[part] += [(name, reason) for name, reason in read_index(task.index)["skipped"]]
+    return skipped
+
+
+def _report(tasks: list[Task], skipped: dict[str, list[tuple[str, str]]]) -> dict[str, Any]:
+    report = {}
+    for part in PARTS:
+        indices = [read_index(task.index) for task in tasks if task.part == part]
+        copies = sum(index["copies"] for index in indices)
+        report[part] = {
+            "utterances": sum(len(index["ids"]) for index in indices) - copies,
+            "hours": round(sum(index["seconds"] for index in indices) / 3600, 6),
+            "copies": copies,
+            "copy_hours": round(sum(index["copy_seconds"] for index in indices) / 3600, 6),
+            "without_speaker": sum(index["speakers"].count(None) for index in indices),
+            "left_out": dict(sorted(Counter(_kind(reason) for _, reason in skipped[part]).items())),
+        }
+    return report
+
+
+def _kind(reason: str) -> str:
+    return reason.partition(":")[0]
+
+
+def _check_left_out(
+    report: dict[str, Any],
+    skipped: dict[str, list[tuple[str, str]]],
+    tasks: list[Task],
+    max_share: float,
+) -> None:
+    for part, found in report.items():
+        if not skipped[part]:
+            continue
+        num_left_out, num_used = len(skipped[part]), found["utterances"] + found["copies"]
+        share = num_left_out / (num_left_out + num_used)
+        examples = {_kind(reason): (name, reason) for name, reason in reversed(skipped[part])}
+        rows = [
+            f"  {count} x {examples[kind][1]} (for instance {examples[kind][0]})"
+            for kind, count in Counter(found["left_out"]).most_common(_EXAMPLES)
+        ]
+        told = f"{num_left_out} of {num_left_out + num_used} utterances of the part {part!r} are left out"
+        told += " (features/skipped.jsonl lists them all):\n" + "\n".join(rows)
+        if share > max_share:
+            for task in tasks:  # they are looked at again when the data are mended
+                if task.part == part and read_index(task.index)["skipped"]:
+                    task.index.unlink()
+            raise ValueError(
+                f"{told}\nThat is {100 * share:.1f} %, more than features.max_left_out_share = {max_share:g}: mend the "
+                "data, or allow a greater share"
+            )
+        warnings.warn(told, stacklevel=2)

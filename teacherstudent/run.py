@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,10 @@ from teacherstudent.experiment import Experiment
 from teacherstudent.features import STACKED_FRAMES
 from teacherstudent.files import write_json
 from teacherstudent.label import label
-from teacherstudent.manifests import PARTS, shard_paths
 from teacherstudent.models import num_parameters
 from teacherstudent.prepare import prepare
 from teacherstudent.report import write_report
-from teacherstudent.schedule import Plan
+from teacherstudent.sources import brings_data, import_data
 from teacherstudent.tie import tie_senones
 from teacherstudent.trainings import train_student, train_teacher
 from teacherstudent.workers import run_workers
@@ -52,13 +52,19 @@ def find_steps(experiment: Experiment, name: str) -> list[Step]:
     students = experiment.config.student_variants()
     only = experiment.config.student.only
     teacher = experiment.config.teacher
-    Plan(teacher.schedule, teacher.optimisation.learning_rate)  # a bad schedule is found before anything runs
-    for student in students.values():
-        Plan(student.schedule, student.optimisation.learning_rate)
     labelled = ("prepare", "senones")
-    trained = ("teacher", *(f"student-{student}" for student in students))
+    decoded = experiment.config.decode.only
+    trained = ["teacher", *(f"student-{student}" for student in students)]
+    if decoded:
+        trained = ["teacher" if decoded == "teacher" else f"student-{decoded}"]
     steps = [
-        Step("corpus", (), ("corpus",), alone=_corpus, always=bool(experiment.config.data.folder)),
+        Step(
+            "corpus",
+            (),
+            ("corpus",),
+            alone=_corpus,
+            always=brings_data(experiment.config) or bool(_models(experiment)),
+        ),
         Step("prepare", ("corpus",), ("features",), alone=prepare),
         Step("align", ("corpus", "prepare"), ("align",), alone=align),
         Step("senones", ("prepare", "align"), ("senones",), alone=tie_senones),
@@ -155,16 +161,25 @@ def _note(experiment: Experiment, comm: Communicator, step: Step, started: float
 
 
 def _corpus(experiment: Experiment) -> list[Path]:
-    """Make speech, unless the experiment brings data along: those are only recorded."""
+    """Make speech, unless the experiment brings data along."""
     config, folder = experiment.config, experiment.data_folder
-    if not config.data.folder:
-        make_corpus(folder, config.corpus, config.features.sampling_rate, config.seed)
-        return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    texts = [folder / "lexicon.txt", folder / "lm_text.txt"]
-    for path in texts:
-        if not path.is_file():
-            raise ValueError(f"no {path}: data.folder needs lexicon.txt and lm_text.txt beside its parts")
-    return [*texts, *(path for part in PARTS for path in shard_paths(folder, part))]
+    if brings_data(config):
+        return import_data(experiment) + _models(experiment)
+    make_corpus(folder, config.corpus, config.features.sampling_rate, config.seed)
+    made = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return made + _models(experiment)
+
+
+def _models(experiment: Experiment) -> list[Path]:
+    """Alignments, questions and a tree that were brought along: recorded with the data, so that a change is noticed."""
+    config = experiment.config
+    found = [Path(config.senones.questions)] if config.senones.questions else []
+    for folder in filter(None, (config.align.folder, config.senones.kaldi_tree)):
+        places = os.walk(folder, followlinks=True)
+        found += [
+            Path(place, name) for place, _, names in places for name in names if not name.startswith(".")
+        ]
+    return found
 
 
 def _report(experiment: Experiment) -> list[Path]:

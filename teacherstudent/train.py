@@ -17,11 +17,13 @@ from teacherstudent.distributed.optimizers import DistributedOptimizer
 from teacherstudent.features import FRAME_SHIFT_SECONDS, Normalisation
 from teacherstudent.losses import num_frame_errors, posterior_loss, senone_loss
 from teacherstudent.models import AcousticModel, build_model, model_state
+from teacherstudent.prefetch import BatchReader, Request, list_requests
 from teacherstudent.progress import hours_bar
 from teacherstudent.schedule import Plan
 from teacherstudent.training_log import TrainingLog
 from teacherstudent.workers import make_optimizer
 
+_DEV = "dev"
 _DIVERGED = 10.0  # times the loss of guessing: no training comes back from there
 
 
@@ -38,6 +40,7 @@ class Training:
     optimisation: Optimisation
     seed: int
     provenance: Mapping[str, Any]
+    readers: int = 0  # processes that make the batches ahead, for each worker; 0: made as they are needed
 
 
 @dataclass
@@ -63,20 +66,23 @@ def train(comm: Communicator, training: Training, sources: Mapping[str, Source],
     log = TrainingLog(training.folder / "log.jsonl", progress.step, writes=comm.rank == 0)
     plan, validate_every = training.plan, training.plan.schedule.validate_every_steps
     total_seconds = len(plan) * comm.size * training.optimisation.batch_frames * FRAME_SHIFT_SECONDS
-    with hours_bar(total_seconds, training.name, show=comm.rank == 0) as bar:
+    order = (plan[step].source for step in range(progress.step, len(plan)))
+    requests = list_requests(order, sources, progress.positions, comm.rank, comm.size)
+    with (
+        hours_bar(total_seconds, training.name, show=comm.rank == 0) as bar,
+        BatchReader({**sources, _DEV: dev}, training.readers) as reader,
+    ):
         bar.update(3600 * _hours(progress, comm))
-        while progress.step < len(plan):
-            now = plan[progress.step]
-            source = sources[now.source]
+        for request, batch in reader.read(requests):
+            now, batch = plan[progress.step], batch.to(comm.device)
             for group in optimizer.param_groups:
                 group["lr"] = now.base_learning_rate
-            batch = source.batch(progress.positions[now.source], comm.rank).to(comm.device)
             noise = _noise(training.seed, progress.step, comm)
             loss, errors = _gradient(
                 model, optimizer, batch, noise, training.optimisation.clip_norm, now.multiplier
             )
             optimizer.step(weight=batch.num_frames)
-            progress.positions[now.source] = source.advance(progress.positions[now.source], comm.size)
+            progress.positions[now.source] = request.after
             progress.step += 1
             progress.frames += batch.num_frames
             progress.loss += loss
@@ -87,7 +93,7 @@ def train(comm: Communicator, training: Training, sources: Mapping[str, Source],
             if pauses:
                 if progress.step == len(plan):
                     optimizer.synchronize()
-                _validate(comm, training, model, optimizer, dev, progress, log)
+                _validate(comm, training, model, optimizer, dev, reader, progress, log)
                 _save(comm, training, model, optimizer, progress)
     if comm.rank == 0:
         checkpoint.save(
@@ -149,6 +155,7 @@ def _validate(
     model: AcousticModel,
     optimizer: DistributedOptimizer,
     dev: Source,
+    reader: BatchReader,
     progress: Progress,
     log: TrainingLog,
 ) -> None:
@@ -159,8 +166,9 @@ def _validate(
     """
     sums = torch.tensor([0, 0, 0, progress.loss], dtype=torch.float64, device=comm.device)
     with optimizer.global_weights():
-        for index in range(comm.rank, len(dev.plan(0)), comm.size):
-            batch = dev.batch(Position(0, index)).to(comm.device)
+        mine = range(comm.rank, len(dev.plan(0)), comm.size)
+        for _, batch in reader.read(Request(_DEV, Position(0, index)) for index in mine):
+            batch = batch.to(comm.device)
             loss, errors = batch_loss(model(batch.features, batch.lengths), batch)
             sums[:3] += sums.new_tensor([float(loss), errors or 0, batch.num_frames])
         total = comm.all_reduce(sums).tolist()

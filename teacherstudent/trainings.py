@@ -1,6 +1,5 @@
 """What the `teacher` and `student` steps train on, from the experiment's folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,10 +9,11 @@ from teacherstudent.batches import Source, Utterances
 from teacherstudent.config import Network, Optimisation, Schedule
 from teacherstudent.distributed import Communicator
 from teacherstudent.experiment import Experiment
-from teacherstudent.features import Normalisation
+from teacherstudent.feature_reader import FeatureShard, open_features, read_normalisation
 from teacherstudent.files import hash_file
 from teacherstudent.manifests import DEV, HUMAN, UNLABELLED
-from teacherstudent.packed import PackedShard, open_shards
+from teacherstudent.packed import open_shards
+from teacherstudent.prefetch import num_readers
 from teacherstudent.schedule import HUMAN as HUMAN_SOURCE
 from teacherstudent.schedule import MACHINE as MACHINE_SOURCE
 from teacherstudent.schedule import Plan
@@ -59,9 +59,11 @@ def _train(
         optimisation=optimisation,
         seed=experiment.config.seed,
         provenance=provenance(experiment),
+        readers=num_readers(experiment.config.features),
     )
-    sources = {source: _open_source(experiment, source, optimisation.batch_frames) for source in plan.sources}
-    dev = labelled_source(experiment, DEV, optimisation.batch_frames)
+    batch_frames = optimisation.batch_frames
+    sources = {source: _open_source(experiment, source, network, batch_frames) for source in plan.sources}
+    dev = labelled_source(experiment, DEV, network, batch_frames)
     train(comm, training, sources, dev)
     return [folder / "best.pt", folder / "final.pt", folder / "log.jsonl"]
 
@@ -81,34 +83,34 @@ def target_provenance(experiment: Experiment) -> dict[str, str]:
     }
 
 
-def read_normalisation(experiment: Experiment) -> Normalisation:
-    path = experiment.path("features", "normalisation.json")
-    return Normalisation.from_dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def labelled_source(experiment: Experiment, part: str, batch_frames: int) -> Source:
+def labelled_source(experiment: Experiment, part: str, network: Network, batch_frames: int) -> Source:
     labels = open_shards(experiment.path("senones", part), "labels")
-    return _source(experiment, HUMAN_SOURCE, part, labels, batch_frames)
+    return _source(experiment, HUMAN_SOURCE, part, network, labels, batch_frames)
 
 
-def _open_source(experiment: Experiment, source: str, batch_frames: int) -> Source:
+def _open_source(experiment: Experiment, source: str, network: Network, batch_frames: int) -> Source:
     if source == HUMAN_SOURCE:
-        return labelled_source(experiment, HUMAN, batch_frames)
+        return labelled_source(experiment, HUMAN, network, batch_frames)
     store = TargetStore(experiment.path("targets"), expect=target_provenance(experiment))
     targets = [_Targets(store, number) for number in range(store.num_shards)]
-    return _source(experiment, MACHINE_SOURCE, UNLABELLED, targets, batch_frames)
+    return _source(experiment, MACHINE_SOURCE, UNLABELLED, network, targets, batch_frames)
 
 
 def _source(
-    experiment: Experiment, name: str, part: str, labels: Sequence[Utterances], batch_frames: int
+    experiment: Experiment,
+    name: str,
+    part: str,
+    network: Network,
+    labels: Sequence[Utterances],
+    batch_frames: int,
 ) -> Source:
-    features = open_shards(experiment.path("features", part), "features")
+    features = open_features(experiment, part, network.normalisation)
     if len(features) != len(labels):
         raise ValueError(
             f"part {part!r}: {len(features)} shards of features but {len(labels)} of labels: the step that makes the "
             "labels has to run again"
         )
-    chosen = [_Chosen(*pair) for pair in zip(features, labels)]
+    chosen = [_Chosen(*pair) for pair in zip(features, labels)] if name == HUMAN_SOURCE else features
     lengths = [shard.num_frames for shard in chosen]
     return Source(name, chosen, labels, lengths, batch_frames, experiment.config.seed)
 
@@ -116,12 +118,12 @@ def _source(
 class _Chosen:
     """The utterances of a feature shard that have labels: those without an alignment have none."""
 
-    def __init__(self, features: PackedShard, labels: Utterances) -> None:
+    def __init__(self, features: FeatureShard, labels: Utterances) -> None:
         labelled = set(labels.ids)
         rows = [row for row, name in enumerate(features.ids) if name in labelled]
         self._features = features
         self.ids = [features.ids[row] for row in rows]
-        self.num_frames = np.asarray(features.num_frames, np.int64)[rows]
+        self.num_frames = features.num_frames[rows]
 
     def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
         return self._features[utterance_id]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse import Fbank, FbankConfig
 
-from teacherstudent.features import Moments, Normalisation, stack
+from teacherstudent.features import Moments, Normalisation, num_stacked_frames, stack
 
 torch.set_num_threads(1)
 
@@ -54,7 +54,21 @@ def test_audio_of_any_duration_gives_a_frame_for_every_30_ms_begun(
     hop = sampling_rate // 100
     t10 = (num_samples + hop // 2) // hop  # round(duration / 10 ms), halves up
     assert len(log_mel) == t10
-    assert len(stack(log_mel)) == math.ceil(t10 / 3)
+    assert len(stack(log_mel)) == math.ceil(t10 / 3) == num_stacked_frames(num_samples, sampling_rate)
+
+
+@pytest.mark.parametrize("t10", range(1, 11))
+@pytest.mark.parametrize("beyond", [-80, -1, 0, 1, 79])
+def test_one_to_ten_frames_of_10_ms_make_a_third_as_many_rounded_up(t10: int, beyond: int) -> None:
+    num_samples = 160 * t10 + beyond
+    if num_samples >= 160:
+        log_mel = Fbank(FbankConfig(num_filters=8)).extract(random_features(1, num_samples) / 100, 16000)
+        assert len(log_mel) == t10
+        assert (
+            num_stacked_frames(num_samples, 16000)
+            == len(stack(log_mel))
+            == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4][t10]
+        )
 
 
 @settings(max_examples=30, deadline=None)

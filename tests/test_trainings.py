@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from teacherstudent.batches import Position
-from teacherstudent.config import Config
+from teacherstudent.config import Config, Network
 from teacherstudent.experiment import Experiment
 from teacherstudent.packed import PackedWriter, shard_path
 from teacherstudent.trainings import labelled_source
@@ -38,7 +38,7 @@ def make_experiment(folder: Path, labels: Sequence[Sequence[str]]) -> Experiment
 def test_an_epoch_holds_every_utterance_that_has_labels_once_beside_its_own_features(
     tmp_path: Path, labels: Sequence[Sequence[str]]
 ) -> None:
-    source = labelled_source(make_experiment(tmp_path, labels), "human", batch_frames=15)
+    source = labelled_source(make_experiment(tmp_path, labels), "human", Network(), batch_frames=15)
     assert source.total_frames == sum(FRAMES[name] for shard in labels for name in shard)
     met = []
     for number in range(len(source.plan(0))):
@@ -53,9 +53,11 @@ def test_an_epoch_holds_every_utterance_that_has_labels_once_beside_its_own_feat
 def test_labels_in_another_order_or_of_other_utterances_are_refused(tmp_path: Path) -> None:
     for number, shard in enumerate((["c", "a"], ["a", "d"])):
         with pytest.raises(ValueError, match="different utterances"):
-            labelled_source(make_experiment(tmp_path / str(number), [shard, ["d", "e"]]), "human", 15)
+            labelled_source(
+                make_experiment(tmp_path / str(number), [shard, ["d", "e"]]), "human", Network(), 15
+            )
 
 
 def test_another_number_of_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 shards of features but 1 of labels"):
-        labelled_source(make_experiment(tmp_path, [["a"]]), "human", 15)
+        labelled_source(make_experiment(tmp_path, [["a"]]), "human", Network(), 15)
