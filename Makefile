@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SMOKE := examples/smoke/smoke.toml
 # Set FOLDER to run the smoke experiment somewhere else.
 FOLDER ?= experiments/smoke
-EXTRAS := mpi,decode,corpus,report,dev
+EXTRAS := mpi,align,decode,corpus,report,dev
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
