@@ -1,10 +1,9 @@
 """A decision tree over triphone states, grown by greedy likelihood gain.
 
 One Gaussian with diagonal covariance stands for the frames of each event (a phone's state between its two
-neighbours). Questions about the neighbours are the clusters of a bottom-up clustering of the phones. The leaf
-whose best question gains most is split first; then leaves are merged whose merge loses less than any split has
-gained. Sources: Young, Odell & Woodland, "Tree-based state tying for high accuracy acoustic modelling" (1994),
-equations 1-4; Kaldi's automatic questions and build-tree. The minimum count is ours.
+neighbours). The leaf whose best question gains most is split first; then leaves are merged whose merge loses less
+than a split had to gain. Sources: Young, Odell & Woodland, "Tree-based state tying for high accuracy acoustic
+modelling" (1994), equations 1-4; Kaldi's build-tree. The minimum count is ours.
 """
 # E events, D feature dimensions, L leaves, Q questions, V = phones + 1 values of a context (0: no phone there)
 # M = 1 + 2 D: count, sums and sums of squares of the frames of an event, side by side
@@ -14,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from teacherstudent.events import Floats, Integers
+
 Question = tuple[int, ...]  # phone ids, ascending: is the phone one of these?
 
 POSITIONS = ("left", "centre", "right", "state")  # what a question may be about; columns of the events
@@ -45,33 +43,30 @@ def merge_costs(one: Floats, others: Floats, variance_floor: Floats) -> Floats:
     return apart - log_likelihood(one + others, variance_floor)
 
 
-def cluster_phones(moments: Floats, variance_floor: Floats) -> list[Question]:
-    """Questions: every phone by itself, then every cluster of a bottom-up clustering, in order of merging.
+def cluster(cells: Sequence[Floats], variance_floor: Floats) -> list[tuple[int, ...]]:
+    """Clusters of a bottom-up clustering, in the order of merging; the last one, of all, is left out.
 
-    moments: (V, states, M), row 0 empty. Two clusters' distance is the log-likelihood that sharing Gaussians
-    would lose, summed over the states. Phones without frames are asked about by themselves only. The last
-    cluster, all phones, asks nothing and is left out.
+    cells: for each phone (states, M). Two clusters' distance is the log-likelihood that sharing Gaussians would lose,
+    summed over the states. Returns indices into cells, ascending.
     """
-    singles: list[Question] = [(phone,) for phone in range(1, len(moments))]
-    clusters: list[Question] = [(phone,) for (phone,) in singles if moments[phone, :, 0].sum() > 0]
-    sums = moments[[phone for (phone,) in clusters]]
-    size = len(clusters)
+    sums = np.array(cells, dtype=np.float64)
+    size = len(sums)
+    clusters: list[tuple[int, ...]] = [(index,) for index in range(size)]
     costs = np.full((size, size), np.inf)
     for index in range(size - 1):
         costs[index, index + 1 :] = merge_costs(sums[index], sums[index + 1 :], variance_floor).sum(axis=-1)
-    questions: list[Question] = []
+    found = []
     for _ in range(size - 2):
         keep, gone = (int(index) for index in np.unravel_index(np.argmin(costs), costs.shape))
         clusters[keep] = tuple(sorted(clusters[keep] + clusters[gone]))
-        questions.append(clusters[keep])
+        found.append(clusters[keep])
         sums[keep] += sums[gone]
         costs[gone, :] = costs[:, gone] = np.inf
         clusters[gone] = ()
-        for other in range(size):
-            if other != keep and clusters[other]:
-                low, high = min(keep, other), max(keep, other)
-                costs[low, high] = merge_costs(sums[keep], sums[other], variance_floor).sum()
-    return singles + questions
+        others = np.array([index for index in range(size) if index != keep and clusters[index]])
+        lost = merge_costs(sums[keep], sums[others], variance_floor).sum(axis=-1)
+        costs[np.minimum(others, keep), np.maximum(others, keep)] = lost
+    return found
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,10 @@ def test_leaves_of_different_roots_are_never_merged():
     assert decision_tree.merge_leaves(tree, moments, np.full(1, 1e-9), threshold=1e9) == [0, 1]
 
 
-def test_clustering_asks_about_every_phone_and_joins_the_nearest_first():
+def test_clustering_joins_the_nearest_first():
     means = np.array([0.0, 0.1, 5.0, 5.3, 20.0])
-    cells = np.zeros((6, 2, 3))
-    cells[1:] = np.stack([np.full(5, 10.0), 10 * means, 10 * (means**2 + 1)], axis=1)[:, None]
-    questions = decision_tree.cluster_phones(cells, np.array([1e-9]))
-    assert questions == [(1,), (2,), (3,), (4,), (5,), (1, 2), (3, 4), (1, 2, 3, 4)]
+    cells = np.stack([np.full(5, 10.0), 10 * means, 10 * (means**2 + 1)], axis=1)[:, None].repeat(2, axis=1)
+    assert decision_tree.cluster(cells, np.array([1e-9])) == [(0, 1), (2, 3), (0, 1, 2, 3)]
 
 
 def test_every_cluster_is_the_cheapest_merge_of_the_ones_before():
@@ -103,20 +101,25 @@ def test_every_cluster_is_the_cheapest_merge_of_the_ones_before():
     frames = [
         [generator.normal(size=(20 + p, 2)) * 2 + generator.normal(size=2) for _ in (0, 1)] for p in range(9)
     ]
-    cells = np.zeros((10, 2, 5))
+    cells = np.zeros((9, 2, 5))
     for phone, state in itertools.product(range(9), (0, 1)):
         values = frames[phone][state]
-        cells[phone + 1, state] = [len(values), *values.sum(0), *(values**2).sum(0)]
+        cells[phone, state] = [len(values), *values.sum(0), *(values**2).sum(0)]
 
     def likelihood(cluster, state):
-        return frames_log_likelihood(np.concatenate([frames[phone - 1][state] for phone in cluster]))
+        return frames_log_likelihood(np.concatenate([frames[phone][state] for phone in cluster]))
 
     def cost(one, other):
         return sum(likelihood(one, s) + likelihood(other, s) - likelihood(one + other, s) for s in (0, 1))
 
-    clusters, expected = [(phone,) for phone in range(1, 10)], []
+    clusters, expected = [(phone,) for phone in range(9)], []
     while len(clusters) > 2:
         one, other = min(itertools.combinations(clusters, 2), key=lambda pair: cost(*pair))
         expected.append(tuple(sorted(one + other)))
         clusters = [c for c in clusters if c not in (one, other)] + [expected[-1]]
-    assert decision_tree.cluster_phones(cells, np.full(2, 1e-9))[9:] == expected
+    assert decision_tree.cluster(cells, np.full(2, 1e-9)) == expected
+
+
+def test_one_or_no_phone_has_no_clusters():
+    assert decision_tree.cluster([], np.ones(1)) == []
+    assert decision_tree.cluster([np.ones((2, 3))], np.ones(1)) == []

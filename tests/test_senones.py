@@ -4,20 +4,11 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.fft import dct
 
 from teacherstudent.config import Senones
-from teacherstudent.senones import (
-    NUM_TREE_FEATURES,
-    PRIOR_FLOOR,
-    Inventory,
-    Statistics,
-    build,
-    frame_events,
-    tree_features,
-)
+from teacherstudent.events import Statistics, frame_events
+from teacherstudent.questions import place_in_word, stress, variants
+from teacherstudent.senones import PRIOR_FLOOR, Inventory, build
 
 PHONES = ("SIL", "A", "B", "C", "D", "E", "F")
 NUM_PHONES = len(PHONES)
@@ -59,85 +50,6 @@ def inventory():
 def every_triphone(num_phones=NUM_PHONES):
     contexts, centres = range(num_phones + 1), range(1, num_phones + 1)
     return np.array(list(itertools.product(contexts, centres, contexts, (0, 1))))
-
-
-# -- features and events -------------------------------------------------------------------------------------
-
-
-def test_tree_features_are_the_orthonormal_dct_of_the_mean_and_slope_of_the_stacked_frames():
-    stacked = np.random.default_rng(0).normal(size=(5, 192))
-    frames = stacked.reshape(5, 3, 64)
-    mean = frames.sum(axis=1) / np.sqrt(3)
-    slope = (frames[:, 2] - frames[:, 0]) / np.sqrt(2)
-    expected = np.concatenate([dct(part, norm="ortho")[:, :13] for part in (mean, slope)], axis=1)
-    assert expected.shape[1] == NUM_TREE_FEATURES
-    np.testing.assert_allclose(tree_features(stacked), expected, atol=1e-12)
-
-
-def test_an_utterance_without_frames_has_no_features_events_or_labels(inventory):
-    assert tree_features(np.zeros((0, 192))).shape == (0, NUM_TREE_FEATURES)
-    assert frame_events([], []).shape == (0, 4)
-    assert inventory.label([], []).shape == (0,)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 4)), min_size=1, max_size=10))
-def test_a_frame_belongs_to_the_triphone_of_its_segment_and_only_the_first_has_state_0(segments):
-    expected = []
-    for index, (phone, duration) in enumerate(segments):
-        left = segments[index - 1][0] if index else 0
-        right = segments[index + 1][0] if index + 1 < len(segments) else 0
-        left, right = (0, 0) if phone == 1 else (left, right)
-        expected += [[left, phone, right, min(frame, 1)] for frame in range(duration)]
-    phone = [phone for phone, duration in segments for _ in range(duration)]
-    first = [frame == 0 for _, duration in segments for frame in range(duration)]
-    assert frame_events(phone, first).tolist() == expected
-
-
-def test_a_cut_that_begins_within_a_phone_begins_in_its_later_state():
-    assert frame_events([2, 2, 3], [False, False, True]).tolist() == [
-        [0, 2, 3, 1],
-        [0, 2, 3, 1],
-        [2, 3, 0, 0],
-    ]
-
-
-def test_a_phone_that_changes_without_a_first_frame_is_an_error_naming_the_frame():
-    with pytest.raises(ValueError, match="frame 2"):
-        frame_events([2, 2, 3], [True, False, False])
-
-
-def test_statistics_are_the_count_sum_and_sum_of_squares_of_each_event():
-    generator = np.random.default_rng(3)
-    frames = {}
-    statistics = Statistics(len(PHONES), 2)
-    for phone, first in spoken(3, num_utterances=10):
-        features = generator.normal(size=(len(phone), 2))
-        statistics.accumulate(features, phone, first)
-        for event, values in zip(frame_events(phone, first).tolist(), features):
-            frames.setdefault(tuple(event), []).append(values)
-    events, moments = statistics.events()
-    assert [tuple(event) for event in events.tolist()] == sorted(frames)
-    for event, row in zip(events.tolist(), moments):
-        values = np.array(frames[tuple(event)])
-        np.testing.assert_allclose(row, [len(values), *values.sum(0), *(values**2).sum(0)])
-    assert statistics.num_frames == sum(map(len, frames.values()))
-
-
-def test_features_of_another_length_than_their_phones_are_refused():
-    with pytest.raises(ValueError, match="3 phones"):
-        Statistics(3, 2).accumulate(np.zeros((4, 2)), [1, 1, 1], [True, False, False])
-
-
-def test_a_phone_id_that_the_phone_table_lacks_is_refused(inventory):
-    with pytest.raises(ValueError, match="phone id 4"):
-        Statistics(3, 2).accumulate(np.zeros((1, 2)), [4], [True])
-    with pytest.raises(ValueError, match="phone id 8"):
-        inventory.senone(1, 2, 8, 0)
-    with pytest.raises(ValueError, match="phone id 0"):
-        inventory.senone(1, 0, 1, 0)
-    with pytest.raises(ValueError, match="states 0 and 1"):
-        inventory.senone(1, 2, 3, 2)
 
 
 # -- the tree against known truth --------------------------------------------------------------------------------
@@ -197,12 +109,23 @@ def test_the_target_and_the_minimum_count_are_honoured(target, min_count):
     assert inventory.provenance["leaves_before_merging"] == target or target == 300
 
 
+def test_phones_and_states_that_do_not_exist_are_refused(inventory):
+    for event, what in (
+        ((1, 2, 8, 0), "phone id 8"),
+        ((1, 0, 1, 0), "phone id 0"),
+        ((1, 2, 3, 2), "states 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            inventory.senone(*event)
+
+
 def test_a_label_is_the_senone_of_the_frames_event(inventory):
     phone, first = next(iter(spoken(9)))
     expected = [inventory.senone(*event) for event in frame_events(phone, first).tolist()]
     labels = inventory.label(phone, first)
     assert labels.tolist() == expected
     assert labels.dtype == np.int32
+    assert inventory.label([], []).shape == (0,)
 
 
 def test_phones_too_rare_for_a_senone_share_the_nearest_phones_and_a_warning_names_them():
@@ -292,3 +215,149 @@ def test_ordinary_data_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(random_statistics(0), PHONES, Senones(target=40, min_count=8, min_gain=1.0))
+
+
+# -- phones with stress and place in the word --------------------------------------------------------------------
+
+MARKED = (
+    "SIL",
+    *(f"{base}{mark}_{place}" for base in ("AE", "IY", "OW", "UH") for mark in "01" for place in "BIES"),
+    *(f"{base}_{place}" for base in ("K", "M", "N", "S", "T", "Z") for place in "BIES"),
+)
+NASALS = ("M", "N")
+
+
+def marked_words(seed, num_words=2000):
+    """One utterance of words of one to four marked phones, each phone of two frames, with silence now and then."""
+    generator = np.random.default_rng(seed)
+    at = {place: [i for i, name in enumerate(MARKED, 1) if name.endswith("_" + place)] for place in "BIES"}
+    phones = [1]
+    for number, length in enumerate(generator.integers(1, 5, num_words)):
+        phones += [1] if number % 20 == 0 else []
+        phones += [
+            generator.choice(at[place]) for place in ("S" if length == 1 else "B" + "I" * (length - 2) + "E")
+        ]
+    return np.repeat([*phones, 1], 2), np.tile([True, False], len(phones) + 1)
+
+
+def marked_statistics(utterance, emit, seed=0):
+    generator = np.random.default_rng([seed, 9])
+    phone, first = utterance
+    means = np.array([emit(*event) for event in frame_events(phone, first).tolist()])
+    statistics = Statistics(len(MARKED), means.shape[1])
+    statistics.accumulate(means + 0.3 * generator.normal(size=means.shape), phone, first)
+    return statistics
+
+
+def base_number(phone):
+    return next((n for n, ids in enumerate(variants(MARKED).values(), 1) if phone in ids), 0)
+
+
+def true_class(left, centre, right, state):
+    """Vowels: their stress, and at first whether a nasal is before them; consonants: whether they begin a word."""
+    name, before = MARKED[centre - 1], MARKED[left - 1] if left else ""
+    if centre == 1:
+        return ("SIL", state)
+    if stress(name):
+        return (base_number(centre), state, stress(name), state == 0 and before.startswith(NASALS))
+    return (base_number(centre), state, place_in_word(name) in "BS")
+
+
+def emit_marked(*event):
+    kind = true_class(*event)
+    if kind[0] == "SIL":
+        return [-20.0, kind[1], 0.0, 0.0]
+    position = 5.0 * kind[0] + 30 * (MARKED[event[1] - 1].startswith(NASALS))
+    return [position, 3.0 * kind[1], 2.0 * float(kind[2]), 2.0 * float(kind[-1] if len(kind) == 4 else 0)]
+
+
+@pytest.fixture(scope="module")
+def marked():
+    """With only those questions left that the truth asks: 3 s of frames for each class."""
+    statistics = marked_statistics(marked_words(0), emit_marked)
+    return build(statistics, MARKED, Senones(target=500, min_count=10, min_gain=60.0))
+
+
+def test_a_tying_by_stress_place_in_the_word_and_neighbours_is_recovered_from_shared_roots(marked):
+    phone, first = marked_words(1)
+    events = frame_events(phone, first)
+    pairs = {
+        (true_class(*event), senone)
+        for event, senone in zip(events.tolist(), marked.label(phone, first).tolist())
+    }
+    assert len(pairs) == len({kind for kind, _ in pairs}) == marked.num_senones == 2 + 4 * 6 + 6 * 4
+
+
+def test_variants_of_a_base_phone_share_a_root_for_each_state(marked):
+    roots = {base: {marked.roots[i - 1] for i in ids} for base, ids in variants(MARKED).items()}
+    assert {len(several) for several in roots.values()} == {1}
+    assert len(set.union(*roots.values())) == len(roots)
+    assert marked.provenance["roots"] == 2 * (len(roots) + 1)
+    apart = build(
+        marked_statistics(marked_words(0), emit_marked), MARKED, Senones(min_count=10, shared_roots="phone")
+    )
+    assert apart.provenance["roots"] == 2 * len(MARKED)
+    assert len(set(apart.roots)) == len(MARKED)
+
+
+def test_a_variant_that_was_never_heard_has_the_senones_of_its_kin():
+    phone, first = marked_words(0)
+    silent = MARKED.index("AE1_B") + 1
+    phone = np.where(phone == silent, MARKED.index("AE1_I") + 1, phone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inventory = build(
+            marked_statistics((phone, first), emit_marked),
+            MARKED,
+            Senones(target=500, min_count=10, min_gain=60.0),
+        )
+    assert inventory.provenance["roots"] == 22  # rare is what a base phone is, not a variant
+    others = np.arange(len(MARKED) + 1)
+    for state in (0, 1):
+        events = [np.stack(np.broadcast_arrays(others, MARKED.index(name) + 1, 1, state), axis=1)
+                  for name in ("AE1_B", "AE1_I", "AE0_B")]  # fmt: skip
+        unheard, kin, unstressed = (inventory.senones(rows) for rows in events)
+        np.testing.assert_array_equal(unheard, kin)
+        assert not set(unheard) & set(unstressed)
+
+
+def test_questions_that_are_given_are_the_only_ones_asked():
+    statistics = marked_statistics(marked_words(0), emit_marked)
+    vowels = tuple(i for i, name in enumerate(MARKED, 1) if stress(name))
+    questions = [(0,), vowels]
+    inventory = build(statistics, MARKED, Senones(min_count=10, min_gain=0.0, target=60), questions)
+    assert set(inventory.questions) <= set(questions)
+    assert inventory.num_senones > 22
+
+
+@pytest.fixture(scope="module")
+def many_phones():
+    """160 phones and silence, with place in the word and stress, from a random tying."""
+    bases = [f"V{letter}" for letter in "ABCDEFGH"], [f"C{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWX"]
+    phones = ("SIL", *(f"{b}{mark}_{p}" for b in bases[0] for mark in "01" for p in "BIES"),
+              *(f"{b}_{p}" for b in bases[1] for p in "BIES"))  # fmt: skip
+    generator = np.random.default_rng(3)
+    means = 2 * generator.normal(size=(3, len(phones) + 1, 4))
+    phone = generator.integers(1, len(phones) + 1, 60_000)
+    statistics = Statistics(len(phones), 4)
+    values = means[0, np.pad(phone, 1)[:-2]] + means[1, phone] + means[2, np.pad(phone, 1)[2:]]
+    statistics.accumulate(values + generator.normal(size=values.shape), phone, np.ones(len(phone), bool))
+    return build(statistics, phones, Senones(target=1000, min_count=20, min_gain=1.0))
+
+
+def test_every_one_of_four_million_triphones_has_a_senone(many_phones):
+    num_phones, num_senones = len(many_phones.phones), many_phones.num_senones
+    assert num_phones > 160
+    assert num_phones**3 > 4e6
+    contexts = np.arange(num_phones + 1)
+    left, right, state = (grid.ravel() for grid in np.meshgrid(contexts, contexts, [0, 1], indexing="ij"))
+    seen, total = np.zeros(num_senones, np.int64), 0
+    for centre in range(1, num_phones + 1):
+        events = np.stack([left, np.full_like(left, centre), right, state], axis=1)
+        senones = many_phones.senones(events)
+        assert 0 <= senones.min() <= senones.max() < num_senones
+        seen += np.bincount(senones, minlength=num_senones)
+        total += len(senones)
+    assert total == seen.sum() == 2 * num_phones * (num_phones + 1) ** 2
+    assert num_senones > 300
+    assert (seen > 0).all()
