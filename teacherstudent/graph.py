@@ -6,17 +6,18 @@ finite-state transducers in speech recognition"; the order of operations is Kald
 """
 
 import math
-import tempfile
 import warnings
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from teacherstudent import wheels
 from teacherstudent.kaldi_tree import CENTRAL_POSITION, CONTEXT_WIDTH, kaldi_tree_bytes, topology_text
-from teacherstudent.language_model import BEGIN, END, LanguageModel, Ngram
+from teacherstudent.language_model import BEGIN, END, UNKNOWN, LanguageModel, Ngram
 from teacherstudent.lexicon import SILENCE, Lexicon
+from teacherstudent.openfst import Arcs, make_acceptor
 from teacherstudent.senones import SILENCE_ID, Inventory
 
 SILENCE_PROBABILITY = 0.5  # that silence stands before the first word, between two, or after the last
@@ -50,18 +51,16 @@ class Graph:
         composed = _compose(pronunciations, _grammar(language_model, words), len(words), inventory)
         return cls(words, inventory.num_senones, composed)
 
-    def load(self) -> Any:
-        """The kaldifst.StdVectorFst."""
-        kaldifst = wheels.load("kaldifst", "decode")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "graph.fst")
-            path.write_bytes(self.fst)
-            return kaldifst.StdVectorFst.read(str(path))
+    def load(self, word_penalty: float = 0.0) -> Any:
+        """The kaldifst.StdVectorFst, every word costing the penalty more."""
+        arcs = Arcs.from_bytes(self.fst)
+        penalties = np.float32(word_penalty) * (arcs.outputs != 0)[:, None]
+        return replace(arcs, weights=arcs.weights + penalties).load()
 
 
 def _shared_words(lexicon: Lexicon, language_model: LanguageModel) -> tuple[str, ...]:
     """The words that can be recognised, sorted."""
-    pronounced, predicted = set(lexicon.pronunciations), set(language_model.words)
+    pronounced, predicted = set(lexicon.pronunciations) - UNKNOWN, set(language_model.words)
     for lacking, what in (
         (predicted - pronounced, "of the language model have no pronunciation in the lexicon"),
         (pronounced - predicted, "of the lexicon are not in the language model"),
@@ -93,7 +92,6 @@ def _pronunciations(lexicon: Lexicon, inventory: Inventory, words: tuple[str, ..
 
 def _grammar(language_model: LanguageModel, words: tuple[str, ...]) -> Any:
     """G: an acceptor of word ids, but that backing off reads the id after the last word and writes nothing."""
-    kaldifst = wheels.load("kaldifst", "decode")
     ids = {word: index + 1 for index, word in enumerate(words)}
     known = {*ids, BEGIN}
     ngrams = sorted(
@@ -116,21 +114,20 @@ def _grammar(language_model: LanguageModel, words: tuple[str, ...]) -> Any:
             tail = tail[1:]
         return states[tail]
 
-    fst = kaldifst.StdVectorFst()
-    for _ in states:
-        fst.add_state()
-    fst.start = state_after((BEGIN,))
+    arcs, final = [], np.full(len(states), np.inf)
     for ngram, score in ngrams:
         source, cost = states[ngram[:-1]], -score * math.log(10)
         if ngram[-1] == END:
-            fst.set_final(source, cost)
+            final[source] = cost
         else:
             word = ids[ngram[-1]]
-            fst.add_arc(source, kaldifst.StdArc(word, word, cost, state_after(ngram)))
+            arcs.append((source, word, word, cost, state_after(ngram)))
     for history, source in states.items():
         if history:
             cost = -backoffs.get(history, 0.0) * math.log(10)
-            fst.add_arc(source, kaldifst.StdArc(len(words) + 1, 0, cost, state_after(history[1:])))
+            arcs.append((source, len(words) + 1, 0, cost, state_after(history[1:])))
+    fst = make_acceptor(state_after((BEGIN,)), final, arcs).load()
+    wheels.load("kaldifst", "decode").connect(fst)  # histories that nothing leads to
     return fst
 
 
@@ -153,30 +150,29 @@ def _disambiguation(pronunciations: Pronunciations) -> list[int]:
 
 def _lexicon(pronunciations: Pronunciations, numbers: list[int], num_words: int, num_phones: int) -> Any:
     """L: phone ids to word ids. Symbols beyond the phones: backing off, after silence, then the numbers."""
-    kaldifst = wheels.load("kaldifst", "decode")
-    arc = kaldifst.StdArc
     back_off, after_silence = num_phones + 1, num_phones + 2
     with_silence, without = -math.log(SILENCE_PROBABILITY), -math.log(1 - SILENCE_PROBABILITY)
-    fst = kaldifst.StdVectorFst()
-    start, between, silent, silence_over = (fst.add_state() for _ in range(4))
-    fst.start = start
-    fst.set_final(between, 0.0)
-    fst.add_arc(start, arc(0, 0, without, between))
-    fst.add_arc(start, arc(0, 0, with_silence, silent))
-    fst.add_arc(silent, arc(SILENCE_ID, 0, 0.0, silence_over))
-    fst.add_arc(silence_over, arc(after_silence, 0, 0.0, between))
-    fst.add_arc(between, arc(back_off, num_words + 1, 0.0, between))
+    start, between, silent, silence_over = range(4)
+    arcs = [
+        (start, 0, 0, without, between),
+        (start, 0, 0, with_silence, silent),
+        (silent, SILENCE_ID, 0, 0.0, silence_over),
+        (silence_over, after_silence, 0, 0.0, between),
+        (between, back_off, num_words + 1, 0.0, between),
+    ]
+    num_states = 4
     for (word, phones), number in zip(pronunciations, numbers):
         symbols = [*phones, after_silence + number] if number else list(phones)
         state = between
         for index, symbol in enumerate(symbols[:-1]):
-            following = fst.add_state()
-            fst.add_arc(state, arc(symbol, 0 if index else word, 0.0, following))
-            state = following
+            arcs.append((state, symbol, 0 if index else word, 0.0, num_states))
+            state, num_states = num_states, num_states + 1
         output = word if len(symbols) == 1 else 0
-        fst.add_arc(state, arc(symbols[-1], output, without, between))
-        fst.add_arc(state, arc(symbols[-1], output, with_silence, silent))
-    return fst
+        arcs.append((state, symbols[-1], output, without, between))
+        arcs.append((state, symbols[-1], output, with_silence, silent))
+    final = np.full(num_states, np.inf)
+    final[between] = 0.0
+    return make_acceptor(start, final, arcs).load()
 
 
 def _compose(pronunciations: Pronunciations, grammar: Any, num_words: int, inventory: Inventory) -> bytes:
@@ -198,17 +194,16 @@ def _compose(pronunciations: Pronunciations, grammar: Any, num_words: int, inven
     kaldifst.arcsort(states, "olabel")
     graph = kaldifst.compose(states, triphones)
     kaldifst.determinize_star(graph)
-    graph = _relabel(graph, dict.fromkeys(symbols_left, 0))
+    arcs = Arcs.of(graph)
+    graph = replace(arcs, inputs=np.where(np.isin(arcs.inputs, symbols_left), 0, arcs.inputs)).load()
     kaldifst.minimize_encoded(graph)
     graph = khg.add_self_loops(
         self_loop_scale=0.0, disambig_syms=[], reorder=True, trans_model=transitions, ifst=graph
     )
-    senones = transitions.transition_id_to_pdf_array()
-    graph = _relabel(graph, {index: senones[index] + 1 for index in range(1, len(senones))})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "graph.fst")
-        graph.write(str(path))
-        return path.read_bytes()
+    senones = np.array(transitions.transition_id_to_pdf_array())
+    arcs = Arcs.of(graph)
+    inputs = np.where(arcs.inputs == 0, 0, senones[arcs.inputs] + 1)
+    return replace(arcs, inputs=inputs.astype(np.int32)).to_bytes()
 
 
 def _transition_model(inventory: Inventory) -> tuple[Any, Any]:
@@ -220,20 +215,3 @@ def _transition_model(inventory: Inventory) -> tuple[Any, Any]:
     # Its pickled state is the binary tree as a list of signed chars.
     tree.__setstate__(([byte - 256 if byte > 127 else byte for byte in kaldi_tree_bytes(inventory)],))
     return tree, khg.TransitionModel(tree, topology)
-
-
-def _relabel(fst: Any, labels: dict[int, int]) -> Any:
-    """A copy with other input labels; those that are not named stay."""
-    kaldifst = wheels.load("kaldifst", "decode")
-    copy = kaldifst.StdVectorFst()
-    for _ in range(fst.num_states):
-        copy.add_state()
-    copy.start = fst.start
-    for state in kaldifst.StateIterator(fst):
-        final = fst.final(state).value
-        if final != math.inf:
-            copy.set_final(state, final)
-        for arc in kaldifst.ArcIterator(fst, state):
-            label = labels.get(arc.ilabel, arc.ilabel)
-            copy.add_arc(state, kaldifst.StdArc(label, arc.olabel, arc.weight.value, arc.nextstate))
-    return copy

@@ -1,4 +1,4 @@
-"""N-gram language models in ARPA format, and a bigram estimated from sentences.
+"""N-gram language models in ARPA format, a bigram estimated from sentences, and plain word lists.
 
 The bigram is interpolated Kneser-Ney (Chen & Goodman 1999, "An empirical study of smoothing techniques",
 section 4.1.6) with one discount per order:
@@ -9,7 +9,9 @@ where N(h .) is how many words follow h. p(w) is discounted in the same way, ove
 interpolated with the uniform distribution, so that every word of the vocabulary has a probability.
 """
 
+import gzip
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 
 BEGIN, END = "<s>", "</s>"
+UNKNOWN = frozenset({"<unk>", "<UNK>"})  # what ARPA files call all other words: it cannot be recognised
+_NO_WORDS = {BEGIN, END, "<eps>", "#0", *UNKNOWN}  # of Kaldi's words.txt
 _NEVER = -99.0  # the log10 probability that ARPA files give to what is never predicted
 _SUM_TOLERANCE = 0.02
 _DIGITS = 7  # after the point of a logarithm: what is estimated survives being written and read
@@ -37,9 +41,9 @@ class LanguageModel:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Every word that can be said, sorted."""
+        """Every word that can be said, sorted; the unknown word is none."""
         singles = (ngram[0] for ngram in self.log10_probabilities if len(ngram) == 1)
-        return tuple(sorted(word for word in singles if word not in (BEGIN, END)))
+        return tuple(sorted(word for word in singles if word not in (BEGIN, END) and word not in UNKNOWN))
 
     def log10_probability(self, history: Sequence[str], word: str) -> float:
         """Of the word after the history (only its last order - 1 words count); -inf for an unknown word."""
@@ -107,8 +111,24 @@ class LanguageModel:
         return cls(probabilities, backoffs).check()
 
     @classmethod
-    def read(cls, path: Path | str) -> "LanguageModel":
-        return cls.from_arpa(Path(path).read_text(encoding="utf-8"))
+    def read(cls, path: Path | str, vocabulary: Iterable[str] = ()) -> "LanguageModel":
+        """By its name: *.arpa and *.arpa.gz in ARPA format; words.txt a list of words, any of which may follow any
+        other, all equally likely; else text, a sentence a line, from which a bigram is estimated over its words
+        and the vocabulary. Raises ValueError naming the file.
+        """
+        path = Path(path)
+        try:
+            data = path.read_bytes()
+            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+            if path.name.endswith((".arpa", ".arpa.gz")):
+                return cls.from_arpa(text)
+            if path.name == "words.txt":
+                return word_loop(line.split()[0] for line in text.splitlines() if line.strip())
+            return estimate_bigram(text.splitlines(), vocabulary)
+        except FileNotFoundError:
+            raise ValueError(f"no language model at {path}: set data.language_model") from None
+        except (ValueError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def _arpa_rows(text: str) -> Iterator[tuple[int, int, list[str]]]:
@@ -153,6 +173,11 @@ def estimate_bigram(sentences: Iterable[str], vocabulary: Iterable[str] = ()) ->
         share = (count - discount) / totals[history] + backoffs[history] * unigrams[word]
         probabilities[history, word] = _log10(share)
     return LanguageModel(probabilities, {(history,): _log10(b) for history, b in backoffs.items()})
+
+
+def word_loop(words: Iterable[str]) -> LanguageModel:
+    """Any word may follow any other, and end the sentence, all equally likely. Kaldi's symbols are left out."""
+    return estimate_bigram([], set(words) - _NO_WORDS)
 
 
 def _log10(value: float) -> float:

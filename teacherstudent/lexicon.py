@@ -70,6 +70,8 @@ class Lexicon:
             if not line.strip():
                 continue
             word, *phones = line.split()
+            if phones == [SILENCE]:  # Kaldi's `!SIL SIL` names silence itself, which is no word
+                continue
             try:
                 _check(word, phones)
             except ValueError as error:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacherstudent.config import Config, load
-from teacherstudent.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
+from teacherstudent.features import STACKED_FRAMES
 from teacherstudent.files import hash_file, hash_text
 from teacherstudent.manifests import UNLABELLED
 from teacherstudent.packed import open_shards
@@ -79,6 +79,7 @@ class Findings:
         self.folder = folder
         self.config: Config = load(folder / "config.toml")
         self.results: dict[str, Any] | None = _read_json(folder / "evaluate" / "results.json")
+        self.speeds: dict[str, Any] | None = _read_json(folder / "evaluate" / "speed.json")
         names = [TEACHER, *(f"students/{name}" for name in self.config.student_variants())]
         logs = {Path(name).name: folder / name / "log.jsonl" for name in names}
         self.curves = [read_curves(name, path) for name, path in logs.items() if path.is_file()]
@@ -124,21 +125,19 @@ class Findings:
         names = {name for row in self.systems.values() for name in row["conditions"]}
 
         def place(name: str) -> tuple[int, float, str]:
-            decibels = re.match(r"-?[0-9.]+", name)
+            decibels = re.match(r"(?:snr)?(-?[0-9.]+)", name)  # "20dB", "snr20"
             first = ("all", "clean").index(name) if name in ("all", "clean") else 2
-            return first, -float(decibels[0]) if decibels else 0.0, name
+            return first, -float(decibels[1]) if decibels else 0.0, name
 
         return sorted(names, key=place)
 
     def hours(self, part: str) -> float | None:
-        """Of audio in a part, from its features."""
-        folder = self.folder / "features" / part
-        if not any(folder.glob("features.*.h5")):
+        """Of audio in a part that has features, copies in other conditions included."""
+        path = self.folder / "features" / "report.json"
+        if not path.is_file():
             return None
-        num_frames = sum(
-            int(shard.num_frames.sum(dtype=np.int64)) for shard in open_shards(folder, "features")
-        )
-        return num_frames * FRAME_SHIFT_SECONDS / 3600
+        found = json.loads(path.read_text(encoding="utf-8"))[part]
+        return float(found["hours"] + found["copy_hours"])
 
     def posteriorgram(self) -> Posteriorgram | None:
         """Of the first utterance of the first shard that is neither very short nor long; else of the first."""

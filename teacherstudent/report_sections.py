@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from teacherstudent import report_figures as figures
 from teacherstudent import report_page as html
 from teacherstudent.manifests import HUMAN, UNLABELLED
 from teacherstudent.report_data import Findings
+from teacherstudent.report_errors import error_rates, format_interval
 from teacherstudent.report_page import Html
 from teacherstudent.schedule import Plan
 
@@ -20,8 +21,9 @@ _PACKAGES = ("teacherstudent", "torch", "numpy", "lhotse", "h5py")
 
 def build_page(findings: Findings) -> str:
     """The whole page as text."""
+    errors = error_rates(findings, _command(findings, "evaluate"))
     sections = [
-        ("errors", "Word error rates", _error_rates(findings)),
+        ("errors", "Word error rates", errors),
         ("training", "Training", _training(findings)),
         ("schedule", "Schedule", _schedule(findings)),
         ("labels", "Machine labels", _labels(findings)),
@@ -72,7 +74,7 @@ def _amount(results: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
     amount = f"{abs(reduction):.0f} % {'more' if reduction < 0 else 'fewer'}"
     if abs(reduction) < 0.5:
         amount = "as many"
-    interval = _interval(comparison["interval"], 0)
+    interval = format_interval(comparison["interval"], 0)
     return (
         f"“{system['label']}” {amount} ({_error_rate(system)}; 95 % interval of the reduction {interval} %)"
     )
@@ -97,78 +99,6 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
     workers = findings.config.distributed.workers
     facts.append((str(workers), "worker configured" if workers == 1 else "workers configured"))
     return facts
-
-
-def _error_rates(findings: Findings) -> Html:
-    results = findings.results
-    if results is None:
-        return html.missing("No system has been evaluated yet.", _command(findings, "evaluate"))
-    systems, conditions = findings.systems, findings.conditions
-    rows = [_table_row(row, conditions) for row in systems.values()]
-    fields = ["all test speakers", *conditions[1:]]
-    head = ["System", "Learning rate", *fields, "Frame error", "Parameters"]
-    caption = (
-        "Word error rate in percent, with its 95 % bootstrap interval over sentences. Frame error: share of "
-        "frames whose best senone is another than the aligned one, on test and on development speakers. The "
-        "acoustic scale of each system was chosen on the development speakers; test speakers choose nothing. The "
-        "student with the fewest errors is marked."
-    )
-    students = [name for name, row in systems.items() if row["kind"] == "student"]
-    best = min(students, key=lambda name: systems[name]["conditions"]["all"]["word_error_rate"], default=None)
-    table = html.table(head, rows, caption, None if best is None else list(systems).index(best))
-    drawn = [
-        figures.Row(
-            row["label"],
-            findings.system_colour(name),
-            [_rate(row["conditions"].get(each)) for each in conditions],
-        )
-        for name, row in systems.items()
-    ]
-    picture = html.figure(figures.draw_error_rates(drawn, fields), "The same word error rates and intervals.")
-    return html.join([table, picture, _compared(results), _kinds_of_errors(systems)])
-
-
-def _table_row(row: Mapping[str, Any], conditions: list[str]) -> list[html.Text]:
-    method = html.element("small", str(row["method"]))
-    cells: list[html.Text] = [row["label"], html.join([f"{row['learning_rate']:g}", method])]
-    for condition in conditions:
-        score = row["conditions"].get(condition)
-        if score is None:
-            cells.append("–")
-            continue
-        rate = html.element("strong" if condition == "all" else "span", f"{score['word_error_rate']:.1f}")
-        cells.append(html.join([rate, html.element("small", _interval(score["interval"], 1))]))
-    errors = row.get("frame_error") or {}
-    dev = [html.element("small", f"dev {errors['dev']:.1f}")] if "dev" in errors else []
-    cells.append(html.join([f"{errors['test']:.1f}", *dev]) if "test" in errors else "–")
-    cells.append(_number(row["parameters"]))
-    return cells
-
-
-def _compared(results: Mapping[str, Any]) -> Html:
-    if not results["comparisons"]:
-        return Html("")
-    systems = results["systems"]
-    rows = [
-        [
-            systems[each["system"]]["label"],
-            systems[each["baseline"]]["label"],
-            f"{each['relative_reduction']:.1f} %",
-            f"{_interval(each['interval'], 1)} %",
-        ]
-        for each in results["comparisons"]
-    ]
-    head = ["System", "Baseline", "Fewer word errors", "95 % interval"]
-    caption = "Paired bootstrap over the same test sentences; below zero: more errors than the baseline."
-    return html.join([html.element("h3", "Against human labels alone"), html.table(head, rows, caption)])
-
-
-def _kinds_of_errors(systems: Mapping[str, Any]) -> Html:
-    names = ("words", "substitutions", "insertions", "deletions")
-    totals = {row["label"]: row["conditions"]["all"] for row in systems.values()}
-    rows = [[label, *(f"{total[name]:,}" for name in names)] for label, total in totals.items()]
-    table = html.table(["System", *names], rows, "All test speakers.")
-    return html.element("details", html.join([html.element("summary", "Kinds of errors"), table]))
 
 
 # -- how it came about ---------------------------------------------------------------------------------------
@@ -323,26 +253,6 @@ def _provenance(findings: Findings) -> Html:
 
 
 # -- small things --------------------------------------------------------------------------------------------
-
-
-def _rate(score: Mapping[str, Any] | None) -> tuple[float, float, float]:
-    nothing = (float("nan"),) * 3
-    return nothing if score is None else (score["word_error_rate"], *score["interval"])
-
-
-def _interval(interval: Sequence[float], digits: int) -> str:
-    low, high = interval
-    if low < 0:
-        return f"{_signed(low, digits)} to {_signed(high, digits)}"
-    return f"{low:.{digits}f}–{high:.{digits}f}"
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def _number(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
 def _bytes(count: float) -> str:

@@ -14,16 +14,23 @@ from conftest import TINY
 
 from teacherstudent import checkpoint
 from teacherstudent.config import Config, Schedule, Student, load, to_toml
-from teacherstudent.evaluate import Utterance, _compare, _score_conditions, evaluate, find_systems, summary
+from teacherstudent.decode import Decoder
+from teacherstudent.error_tables import Utterance
+from teacherstudent.evaluate import _compare, evaluate, find_systems
 from teacherstudent.experiment import Experiment
-from teacherstudent.files import write_text
+from teacherstudent.files import hash_file, write_text
+from teacherstudent.graph_sources import build_graph
+from teacherstudent.lattice import read_lattices
 from teacherstudent.models import model_from_state
 from teacherstudent.packed import PackedWriter, open_shards
+from teacherstudent.results_table import summary
+from teacherstudent.senones import Inventory
 
 torch.set_num_threads(1)
 
 SYSTEMS = ["teacher", "human-only-final", "human-only-early", "gtc", "bmuf"]
-SCALES = [0.05, 0.5, 4.0]
+SCALES = [0.2, 4.0]
+NARROW = ("decode.speed_seconds=0", "decode.beam=8", "decode.max_active=300")
 
 
 def num_word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
@@ -41,7 +48,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def read_test_cuts(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted((folder / "corpus" / "test").glob("cuts.*.jsonl"))
+    paths = sorted((folder / "features" / "test").glob("cuts.*.jsonl"))
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
@@ -50,11 +57,12 @@ def read_hypotheses(folder: Path, system: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in lines}
 
 
-def evaluate_copy(experiment: Path, folder: Path, scales: Sequence[float]) -> dict[str, Any]:
-    """`evaluate` alone in another folder, which may be there already."""
+def evaluate_copy(experiment: Path, folder: Path, scales: Sequence[float], *settings: str) -> dict[str, Any]:
+    """`evaluate` alone in another folder, which may be there already; a narrow search, and no speeds."""
     if not folder.exists():
         shutil.copytree(experiment, folder)
-    config = load(TINY, [f"folder={folder}", f"decode.acoustic_scales={list(scales)}", "decode.jobs=1"])
+    overrides = [f"folder={folder}", f"decode.acoustic_scales={list(scales)}", "decode.jobs=1"]
+    config = load(TINY, [*overrides, *NARROW, *settings])
     write_text(folder / "config.toml", to_toml(config))
     evaluate(Experiment(config))
     return read_results(folder)
@@ -63,7 +71,7 @@ def evaluate_copy(experiment: Path, folder: Path, scales: Sequence[float]) -> di
 def tamper_with_test_speakers(folder: Path) -> None:
     """Transcripts of other sentences, and senones that nobody spoke."""
     shuffler = random.Random(1)
-    for path in (folder / "corpus" / "test").glob("cuts.*.jsonl"):
+    for path in (folder / "features" / "test").glob("cuts.*.jsonl"):
         cuts = [json.loads(line) for line in path.read_text().splitlines()]
         texts = [cut["supervisions"][0]["text"] for cut in cuts]
         shuffler.shuffle(texts)
@@ -131,7 +139,7 @@ def test_the_gain_is_against_the_better_of_the_human_only_students(tiny_experime
 def test_whichever_human_only_student_makes_fewer_errors_is_the_baseline(tmp_path: Path, better: str) -> None:
     variants = {"alone": {"schedule": {"mode": "human-only"}}, "a": {}}
     experiment = Experiment(Config(folder=str(tmp_path / "x"), student=Student(variants=variants)))
-    test = [Utterance(str(n), ("one", "two", "three", "four"), "clean", "speaker") for n in range(2)]
+    test = [Utterance(str(n), ("one", "two", "three", "four"), "speaker") for n in range(2)]
     num_right = {"teacher": 4, "alone-final": 1, "alone-early": 1, "a": 3} | {better: 2}
     words = {name: [test[0].words[:right]] * 2 for name, right in num_right.items()}
     scores = {name: {"conditions": {"all": {"errors": 2 * (4 - right)}}} for name, right in num_right.items()}
@@ -147,34 +155,73 @@ def test_the_frame_error_is_the_share_of_frames_whose_best_senone_is_another(tin
     model = model_from_state(checkpoint.load(tiny_experiment / "students" / "gtc" / "best.pt"))
     assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     for part in ("dev", "test"):
-        wrong = total = 0
+        wrong, total, nats = 0, 0, 0.0
         features = open_shards(tiny_experiment / "features" / part, "features")
         for values, labels in zip(features, open_shards(tiny_experiment / "senones" / part, "labels")):
             for name, arrays in values:
                 frames = torch.from_numpy(arrays["values"].astype(np.float32))
-                best = model(frames[None], torch.tensor([len(frames)]))[0].argmax(dim=1).numpy()
-                wrong += int((best != labels[name]["senone"]).sum())
-                total += len(best)
+                logits = model(frames[None], torch.tensor([len(frames)]))[0]
+                senone = labels[name]["senone"]
+                wrong += int((logits.argmax(dim=1).numpy() != senone).sum())
+                target = torch.from_numpy(senone).long()
+                nats += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+                total += len(senone)
         assert row["frame_error"][part] == pytest.approx(100 * wrong / total, abs=0.2)
+        assert row["frame_cross_entropy"][part] == pytest.approx(nats / total, abs=1e-3)
 
 
-def test_the_acoustic_scale_is_chosen_on_the_development_speakers_and_never_on_the_test_speakers(
+@torch.no_grad()
+def test_on_a_networks_posteriors_all_of_kaldis_searches_find_the_same(tiny_experiment: Path) -> None:
+    wheel, kaldifst = pytest.importorskip("kaldi_decoder"), pytest.importorskip("kaldifst")
+    experiment = Experiment(load(TINY, [f"folder={tiny_experiment}"]))
+    inventory = Inventory.load(tiny_experiment / "senones" / "inventory.json")
+    graph = build_graph(experiment, inventory)
+    decoder, fst = Decoder(graph, lattice_beam=0.5), graph.load()
+    simple = wheel.SimpleDecoder(fst, 15.0)  # which does not keep the graph alive
+    model = model_from_state(checkpoint.load(tiny_experiment / "teacher" / "best.pt"))
+    (shard,) = open_shards(tiny_experiment / "features" / "test", "features")
+    for name in shard.ids[:6]:
+        frames = torch.from_numpy(shard[name]["values"].astype(np.float32))
+        posteriors = model(frames[None], torch.tensor([len(frames)]))[0].log_softmax(dim=1).numpy()
+        best = decoder(posteriors, inventory.log_priors, 1.0)
+        scores = np.ascontiguousarray(posteriors - inventory.log_priors, np.float32)
+        assert simple.decode(wheel.DecodableCtc(scores))
+        _, _, words, weight = kaldifst.get_linear_symbol_sequence(simple.get_best_path()[1])
+        assert best.words == tuple(graph.words[word - 1] for word in words)
+        assert best.score == pytest.approx(-(weight.value1 + weight.value2), abs=1e-3)
+        found = decoder.nbest(decoder.lattice(posteriors, inventory.log_priors, 1.0), 2)
+        assert found[0].words == best.words
+        assert found[0].score == pytest.approx(best.score, abs=1e-3)
+        narrow = [Decoder(graph, beam)(posteriors, inventory.log_priors, 1.0) for beam in (6.0, 10.0)]
+        assert all(each.partial or each.score <= best.score + 1e-3 for each in narrow)
+
+
+def test_scale_and_penalty_are_chosen_on_the_development_speakers_and_never_on_the_test_speakers(
     tiny_experiment: Path, tmp_path: Path
 ) -> None:
-    chosen = evaluate_copy(tiny_experiment, tmp_path / "all", SCALES)["systems"]
-    alone = {scale: evaluate_copy(tiny_experiment, tmp_path / "one", [scale])["systems"] for scale in SCALES}
-    assert len({row["acoustic_scale"] for row in chosen.values()}) > 1
+    both = "decode.word_penalties=[0.0,-3.0]"
+    pairs = [(scale, penalty) for scale in SCALES for penalty in (0.0, -3.0)]
+    chosen = evaluate_copy(tiny_experiment, tmp_path / "all", SCALES, both)["systems"]
+    alone = {
+        (scale, penalty): evaluate_copy(
+            tiny_experiment, tmp_path / "one", [scale], f"decode.word_penalties=[{penalty}]"
+        )["systems"]
+        for scale, penalty in pairs
+    }
+    assert len({(row["acoustic_scale"], row["word_penalty"]) for row in chosen.values()}) > 1
     for name, row in chosen.items():
-        rates = {scale: systems[name]["dev_word_error_rate"] for scale, systems in alone.items()}
-        assert row["acoustic_scale"] == min(SCALES, key=lambda scale: (rates[scale], scale))
-        assert row["dev_word_error_rate"] == rates[row["acoustic_scale"]]
-        assert row["conditions"] == alone[row["acoustic_scale"]][name]["conditions"]
+        rates = {pair: systems[name]["dev_word_error_rate"] for pair, systems in alone.items()}
+        best = min(pairs, key=lambda pair: (rates[pair], pair[0], abs(pair[1])))
+        assert (row["acoustic_scale"], row["word_penalty"]) == best
+        assert row["dev_word_error_rate"] == rates[best]
+        assert [found["word_error_rate"] for found in row["dev_sweep"]] == [rates[pair] for pair in pairs]
+        assert row["conditions"] == alone[best][name]["conditions"]
     hypotheses = {name: read_hypotheses(tmp_path / "all", name) for name in chosen}
 
     tamper_with_test_speakers(tmp_path / "all")
-    tampered = evaluate_copy(tiny_experiment, tmp_path / "all", SCALES)["systems"]
+    tampered = evaluate_copy(tiny_experiment, tmp_path / "all", SCALES, both)["systems"]
     for name, row in tampered.items():
-        for key in ("acoustic_scale", "dev_word_error_rate"):
+        for key in ("acoustic_scale", "word_penalty", "dev_word_error_rate", "dev_sweep"):
             assert row[key] == chosen[name][key]
         assert row["frame_error"]["dev"] == chosen[name]["frame_error"]["dev"]
         assert row["frame_error"]["test"] != chosen[name]["frame_error"]["test"]
@@ -182,30 +229,137 @@ def test_the_acoustic_scale_is_chosen_on_the_development_speakers_and_never_on_t
         assert read_hypotheses(tmp_path / "all", name) == hypotheses[name]
 
 
-def test_conditions_come_from_clean_to_loud(tiny_experiment: Path, tmp_path: Path) -> None:
-    for row in read_results(tiny_experiment)["systems"].values():
-        assert list(row["conditions"]) == ["all", "clean", "10dB"]
-    names = ["5dB", "car", "10dB", "-2.5dB", "clean", "20dB", "bus"]
-    test = [Utterance(str(n), ("a", "b"), condition, "speaker") for n, condition in enumerate(names)]
-    rows = _score_conditions(Experiment(Config(folder=str(tmp_path / "x"))), test, [("a",)] * len(test))
-    assert list(rows) == ["all", "clean", "20dB", "10dB", "5dB", "-2.5dB", "bus", "car"]
+def test_utterances_without_labels_are_decoded_and_count_for_words_alone(
+    tiny_experiment: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "x"
+    shutil.copytree(tiny_experiment, folder)
+    whole = evaluate_copy(tiny_experiment, folder, [0.5])
+    (shard,) = open_shards(folder / "senones" / "test", "labels")
+    kept = {name: arrays["senone"] for name, arrays in shard if name != shard.ids[1]}
+    shard.path.unlink()
+    with PackedWriter(shard.path, shard.header, {"senone": ("int32", ())}) as writer:
+        for name, senone in kept.items():
+            writer.write(name, senone=senone)
+    for path in (folder / "senones" / "dev").glob("labels.*"):
+        path.unlink()
+    row = {"part": "test", "id": "broken", "reason": "no audio"}
+    write_text(folder / "features" / "skipped.jsonl", json.dumps(row) + "\n")
+    partly = evaluate_copy(tiny_experiment, folder, [0.5])
+    num_dev = len((folder / "features/dev/cuts.000000.jsonl").read_text().splitlines())
+    assert whole["without_labels"] == {"dev": 0, "test": 0}
+    assert partly["without_labels"] == {"dev": num_dev, "test": 1}
+    assert (whole["left_out"], partly["left_out"]) == ({"dev": 0, "test": 0}, {"dev": 0, "test": 1})
+    for name, found in partly["systems"].items():
+        before = whole["systems"][name]
+        assert found["conditions"] == before["conditions"]
+        assert set(found["frame_error"]) == set(found["frame_cross_entropy"]) == {"test"}
+        assert found["frame_error"]["test"] != before["frame_error"]["test"]
+    text = summary(folder / "evaluate" / "results.json")
+    assert "1 test utterances could not be used" in text
+    assert "1 test utterances have no alignment" in text
+
+
+def test_lattices_and_nbest_lists_say_what_the_hypotheses_say(tiny_experiment: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    wide = ("decode.beam=15", "decode.max_active=7000")
+    narrow = ("decode.lattices=true", "decode.lattice_beam=1", "decode.nbest=3", *wide)
+    results = evaluate_copy(tiny_experiment, folder, [1.0], "decode.word_penalties=[0.5]", *narrow)
+    symbols = [line.split() for line in (folder / "evaluate/lattices/words.txt").read_text().splitlines()]
+    names = {int(number): word for word, number in symbols}
+    assert names[0] == "<eps>"
+    for system in results["systems"]:
+        hypotheses = read_hypotheses(folder, system)
+        lists = [json.loads(line) for line in (folder / f"evaluate/nbest/{system}.jsonl").open()]
+        lattices = dict(read_lattices(folder / f"evaluate/lattices/{system}.gz"))
+        assert list(hypotheses) == [row["id"] for row in lists] == list(lattices)
+        for row in lists:
+            assert row["hypotheses"][0]["words"].split() == hypotheses[row["id"]]
+            assert 1 <= len(row["hypotheses"]) <= 3
+            best = lattices[row["id"]].reweighted(1.0, 0.5).nbest(1)[0]
+            assert [names[word] for word in best.words] == hypotheses[row["id"]]
+            assert -best.cost == pytest.approx(row["hypotheses"][0]["score"], abs=1e-3)
+        ctm = [line.split() for line in (folder / f"evaluate/sclite/{system}.ctm").open() if ";;" not in line]
+        assert [fields[4] for fields in ctm] == [
+            word for name in sorted(hypotheses) for word in hypotheses[name]
+        ]
+        assert all(0 < float(fields[5]) <= 1 for fields in ctm)
+
+
+def test_evaluating_again_gives_the_same_files_and_speeds_are_not_among_them(
+    tiny_experiment: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_experiment, tmp_path / "x")
+    config = load(
+        TINY, [f"folder={tmp_path / 'x'}", "decode.jobs=1", "decode.speed_seconds=0.1"]
+    )  # these change nothing
+    outputs = evaluate(Experiment(config))
+    record = json.loads((tiny_experiment / "steps" / "evaluate.json").read_text())["outputs"]
+    hashes = {path.relative_to(tmp_path / "x").as_posix(): hash_file(path) for path in outputs}
+    assert hashes == record
+    assert "evaluate/speed.json" not in hashes
+    written = {
+        path.relative_to(tmp_path / "x").as_posix() for path in (tmp_path / "x/evaluate").glob("**/*.*")
+    }
+    assert written == {*hashes, "evaluate/speed.json"}
+
+
+def test_speeds_compare_every_student_with_the_teacher(tiny_experiment: Path) -> None:
+    speeds = json.loads((tiny_experiment / "evaluate" / "speed.json").read_text())
+    systems = read_results(tiny_experiment)["systems"]
+    assert list(speeds["systems"]) == list(systems)
+    teacher = speeds["systems"]["teacher"]
+    for name, row in speeds["systems"].items():
+        assert row["parameters"] == systems[name]["parameters"]
+        assert 2.0 <= row["audio_seconds"] < 20
+        frames = row["audio_seconds"] / 0.03
+        assert row["network_frames_per_second"] * row["network_real_time_factor"] * 0.03 == pytest.approx(1)
+        assert row["real_time_factor"] > row["network_real_time_factor"] > 0
+        assert frames == pytest.approx(round(frames))
+        if name != "teacher":
+            ratio = row["network_frames_per_second"] / teacher["network_frames_per_second"]
+            assert row["times_faster_than_teacher"] == pytest.approx(ratio)
+            assert row["times_smaller_than_teacher"] == teacher["parameters"] / row["parameters"]
+
+
+def test_a_part_without_transcripts_and_a_field_that_no_cut_has_are_told(
+    tiny_experiment: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "x"
+    with pytest.warns(UserWarning, match="decode.score_by names 'planet', which no test cut has"):
+        by = evaluate_copy(tiny_experiment, folder, [0.5], 'decode.score_by=["planet", "speaker"]')
+    row = by["systems"]["teacher"]
+    assert list(row["conditions"]) == ["all"]
+    assert list(row["by"]) == ["speaker"]
+    assert sum(cell["errors"] for cell in row["by"]["speaker"].values()) == row["conditions"]["all"]["errors"]
+    path = folder / "features" / "dev" / "cuts.000000.jsonl"
+    cuts = [json.loads(line) for line in path.read_text().splitlines()]
+    for cut in cuts:
+        cut["supervisions"][0]["text"] = ""
+    path.write_text("".join(json.dumps(cut) + "\n" for cut in cuts))
+    with pytest.raises(ValueError, match="part 'dev' has no transcripts"):
+        evaluate_copy(tiny_experiment, folder, [0.5])
 
 
 def test_the_summary_has_every_system_with_its_error_rates_and_every_comparison(
     tiny_experiment: Path,
 ) -> None:
     results = read_results(tiny_experiment)
-    lines = summary(tiny_experiment / "evaluate" / "results.json").splitlines()
+    blocks = summary(tiny_experiment / "evaluate" / "results.json").split("\n\n")
+    lines = blocks[0].splitlines()
     assert lines[1].split() == ["learning", "rate", "all", "clean", "10dB"]
-    assert len(lines) == 2 + len(results["systems"]) + len(results["comparisons"])
+    assert len(lines) == 2 + len(results["systems"])
     for line, row in zip(lines[2:], results["systems"].values()):
         assert line.startswith(row["label"])
         assert f" {row['learning_rate']:g} {row['method']} " in line
         for found in row["conditions"].values():
             assert "{:.1f} [{:.1f}, {:.1f}]".format(found["word_error_rate"], *found["interval"]) in line
     baseline = results["systems"][results["baseline"]]["label"]
-    for line, found in zip(lines[-len(results["comparisons"]) :], results["comparisons"]):
-        assert line.startswith(
-            f"{results['systems'][found['system']]['label']}: {found['relative_reduction']:.1f} %"
-        )
-        assert line.endswith(f"fewer word errors than {baseline}")
+    for line, found in zip(blocks[1].splitlines(), results["comparisons"], strict=True):
+        label = results["systems"][found["system"]]["label"]
+        assert line.startswith(f"{label}: {found['relative_reduction']:.1f} %")
+        assert f"fewer word errors than {baseline} (p = {found['p_value']:.3f}" in line
+    for line, row in zip(blocks[2].splitlines()[2:], results["systems"].values(), strict=True):
+        assert line.endswith(f"{row['frame_error']['test']:.1f}{row['frame_cross_entropy']['test']:14.3f}")
+    assert blocks[3].startswith("speed on one core")
+    assert len(blocks[3].splitlines()) == 2 + len(results["systems"])

@@ -155,6 +155,18 @@ def test_without_the_wheels_the_error_says_what_to_install(inventory, monkeypatc
         Graph.build(LEXICON, inventory, LANGUAGE_MODEL)
 
 
+def test_the_unknown_word_of_lexicon_and_language_model_is_in_no_graph_and_no_warning(inventory):
+    lexicon = Lexicon({**LEXICON.pronunciations, "<UNK>": (("M",),)})
+    with_unknown = dict(LANGUAGE_MODEL.log10_probabilities)
+    with_unknown |= {("<UNK>",): -2.0, ("to", "<UNK>"): -1.0, ("<UNK>", "to"): -1.0}
+    model = LanguageModel(with_unknown, {**LANGUAGE_MODEL.log10_backoffs, ("<UNK>",): -0.5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graph = Graph.build(lexicon, inventory, model)
+    assert graph.words == tuple(sorted(LEXICON.words))
+    assert graph == Graph.build(LEXICON, inventory, LANGUAGE_MODEL)
+
+
 def test_a_grammar_of_150_words_takes_moments(inventory):
     generator = np.random.default_rng(0)
     spellings = {tuple(generator.choice(LEXICON.phones, generator.integers(3, 8))) for _ in range(150)}

@@ -1,3 +1,4 @@
+import gzip
 import math
 import warnings
 from collections import Counter
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.language_model import BEGIN, END, LanguageModel, estimate_bigram
+from teacherstudent.language_model import BEGIN, END, LanguageModel, estimate_bigram, word_loop
 
 SENTENCES = ["play some music", "play some jazz", "stop the music", "stop", "play the music"]
 sentences = st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5).map(" ".join), max_size=12)
@@ -151,3 +152,68 @@ def test_estimating_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         estimate_bigram(SENTENCES)
+
+
+def test_a_file_is_read_by_its_name(tmp_path):
+    text = estimate_bigram(SENTENCES).to_arpa()
+    (tmp_path / "lm.arpa").write_text(text)
+    (tmp_path / "lm.arpa.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "lm_text.txt").write_text("\n".join(SENTENCES))
+    (tmp_path / "words.txt").write_text("<eps> 0\nyes 1\n\nno 2\n#0 3\n<s> 4\n</s> 5\n")
+    model = estimate_bigram(SENTENCES)
+    assert LanguageModel.read(tmp_path / "lm.arpa") == LanguageModel.read(tmp_path / "lm.arpa.gz") == model
+    assert LanguageModel.read(tmp_path / "lm_text.txt") == model
+    assert "polka" in LanguageModel.read(tmp_path / "lm_text.txt", ["polka"]).words
+    assert LanguageModel.read(tmp_path / "words.txt") == word_loop(["no", "yes"])
+
+
+def test_in_a_word_loop_any_word_may_follow_any_other_equally_likely():
+    model = word_loop(["yes", "no", "yes"])
+    assert model.words == ("no", "yes")
+    for history in ((BEGIN,), ("yes",), ("no", "yes")):
+        for word in ("yes", "no", END):
+            assert model.log10_probability(history, word) == pytest.approx(math.log10(1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what"),
+    [
+        ("lm.arpa.gz", b"not gzip", "lm.arpa.gz: Not a gzipped file"),
+        ("lm.arpa.gz", gzip.compress(b"x" * 9999)[:-9], "lm.arpa.gz: "),
+        ("lm.arpa", b"\xff\xfe", "lm.arpa: .*utf-8"),
+        ("words.txt", b"<eps> 0\n", "words.txt: no words"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_by_name(tmp_path, name, data, what):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=what):
+        LanguageModel.read(tmp_path / name)
+    with pytest.raises(ValueError, match=r"no language model at .*set data\.language_model"):
+        LanguageModel.read(tmp_path / "absent.arpa")
+
+
+UNKNOWN_ARPA = """
+\\data\\
+ngram 1=4
+ngram 2=2
+
+\\1-grams:
+-99 <s> -0.5
+-0.60206 a -0.3010300
+-0.60206 <unk>
+-0.30103 </s>
+
+\\2-grams:
+-0.4771213 a a
+-0.5228787 a <unk>
+
+\\end\\
+"""
+
+
+def test_the_unknown_word_has_probability_and_cannot_be_said(monkeypatch):
+    monkeypatch.setattr(LanguageModel, "check", lambda self: self)
+    model = LanguageModel.from_arpa(UNKNOWN_ARPA)
+    assert model.words == ("a",)
+    assert model.log10_probability(("a",), "<unk>") == -0.5228787
+    assert model.log10_probability((), "b") == -math.inf

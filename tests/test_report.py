@@ -18,6 +18,7 @@ from teacherstudent.report import write_report
 from teacherstudent.report_data import read_curves, senone_phones
 from teacherstudent.schedule import Plan
 from teacherstudent.senones import Inventory
+from teacherstudent.speed import write_speeds
 from teacherstudent.store import TargetWriter
 
 torch.set_num_threads(1)
@@ -38,6 +39,16 @@ LABELS = {
 }
 RATES = {"teacher": 9.1, "human-only-final": 14.8, "human-only-early": 15.2, "gtc": 11.6, "bmuf": 12.4}
 REDUCTIONS = {"gtc": (21.6, [12.2, 30.4]), "bmuf": (16.2, [5.8, 26.1])}
+
+SPEEDS = {
+    name: {
+        "parameters": 78_600_000 if name == "teacher" else 24_300_000,
+        "network_frames_per_second": 1000.0 if name == "teacher" else 3456.0,
+        "network_real_time_factor": 0.0333,
+        "real_time_factor": 0.0456,
+    }
+    for name in LABELS
+}
 
 
 def write_config(folder):
@@ -67,19 +78,26 @@ def write_results(folder, reductions=REDUCTIONS, labels=LABELS):
             "learning_rate": 0.5,
             "parameters": 78_600_000 if name == "teacher" else 24_300_000,
             "acoustic_scale": 0.7,
+            "word_penalty": 0.25,
             "frame_error": {"dev": 30.1, "test": 31.7},
+            "frame_cross_entropy": {"dev": 1.21, "test": 1.34},
             "conditions": conditions,
+            "by": {"speaker": {"anne & co": conditions["clean"], "bo": conditions["20dB"]}},
         }
     comparisons = [
         {"system": name, "baseline": "human-only-final", "relative_reduction": value, "interval": interval}
+        | {"p_value": 0.0123, "matched_pairs": {"statistic": 2.4, "p_value": 0.0164}}
         for name, (value, interval) in reductions.items()
     ]
     results = {
         "systems": systems,
         "comparisons": comparisons,
         "baseline": "human-only-final",
+        "left_out": {"dev": 0, "test": 3},
+        "without_labels": {"dev": 1, "test": 2},
     }
     (folder / "evaluate").mkdir(exist_ok=True)
+    write_speeds(folder / "evaluate" / "speed.json", SPEEDS, "teacher")
     (folder / "evaluate" / "results.json").write_text(json.dumps(results, sort_keys=True))
 
 
@@ -250,6 +268,13 @@ def test_the_table_has_every_system_and_condition_with_its_interval(text):
     assert "9.1 7.7–10.6" in teacher and "13.1 11.7–14.6" in teacher and "78.6 M" in teacher
     best = next(row for row in rows if 'class="marked"' in row)
     assert LABELS["gtc"] in best
+
+
+def test_tables_by_field_p_values_speeds_and_what_no_figure_counts_are_there(text):
+    for row in ("anne &amp; co", "0.012", "0.016", "3,456", "3.5", "0.0456", "dev 1.21", "0.25"):
+        assert row in text
+    assert "3 test utterances could not be used and are in no figure" in text
+    assert "2 test utterances have no alignment and are in no frame error" in text
 
 
 def test_bytes_sent_and_density_come_from_the_logs(text):

@@ -1,3 +1,5 @@
+import math
+import statistics
 import sys
 
 import numpy as np
@@ -92,6 +94,42 @@ def test_a_system_compared_with_itself_gains_nothing():
     references, hypotheses = made(1, 50, 0.3)
     found = compare(references, hypotheses, hypotheses)
     assert (found.relative_reduction, found.low, found.high, found.probability_better) == (0, 0, 0, 0)
+    assert (found.p_value, found.matched_pairs, found.matched_pairs_p_value) == (1, 0, 1)
+
+
+def test_the_matched_pairs_statistic_is_that_of_its_definition():
+    references = [["w"] * 4 for _ in range(6)]
+    before, after = [2, 1, 3, 0, 1, 4], [1, 1, 1, 0, 2, 1]
+    hypotheses = [[["x"] * wrong + ["w"] * (4 - wrong) for wrong in counts] for counts in (before, after)]
+    differences = [1, 0, 2, 0, -1, 3]
+    mean = sum(differences) / 6
+    variance = sum((value - mean) ** 2 for value in differences) / 5
+    found = compare(references, *hypotheses)
+    assert found.matched_pairs == pytest.approx(mean / math.sqrt(variance / 6))
+    normal = statistics.NormalDist()
+    assert found.matched_pairs_p_value == pytest.approx(2 * (1 - normal.cdf(found.matched_pairs)))
+    other_way = compare(references, *hypotheses[::-1])
+    assert other_way.matched_pairs == -found.matched_pairs
+    assert other_way.p_value == pytest.approx(found.p_value)
+
+
+def test_equal_systems_are_called_different_about_as_often_as_the_level_says():
+    called = [0, 0]
+    for seed in range(200):
+        references, first = made(seed, 60, 0.2)
+        _, second = made(seed + 10_000, 60, 0.2)
+        found = compare(references, first, second, samples=300)
+        called[0] += found.p_value < 0.1
+        called[1] += found.matched_pairs_p_value < 0.1
+    assert all(8 <= times <= 36 for times in called)  # 20 expected, ± 4 standard deviations
+
+
+def test_a_clear_difference_has_a_small_p_value():
+    references, worse = made(0, 100, 0.4)
+    _, better = made(1, 100, 0.1)
+    found = compare(references, worse, better)
+    assert found.p_value < 0.01
+    assert found.matched_pairs > 3
 
 
 def test_a_perfect_baseline_cannot_be_improved():

@@ -1,0 +1,78 @@
+"""A function over many items in spawned processes, results in order."""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Any, Self
+
+_GUARD = 'a script that starts processes needs `if __name__ == "__main__":` around what it does'
+_function: Callable[[Any], Any] | None = None  # of this process, where it is one of a ProcessMap's
+
+
+class ProcessMap:
+    """function(item), where function = make(*arguments) is made once in each of `jobs` processes; a context manager.
+
+    jobs = 1 works in this process. What function raises is raised here. Raises ValueError when a script has no
+    main guard, and when a process dies.
+    """
+
+    def __init__(self, jobs: int, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
+        imported_anew = getattr(multiprocessing.current_process(), "_inheriting", False)
+        if imported_anew:  # by a process that the same script has started
+            raise ValueError(_GUARD)
+        self._jobs = jobs
+        self._here = make(*arguments) if jobs == 1 else None
+        self._pool: ProcessPoolExecutor | None = None
+        if jobs > 1:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(jobs, spawn, initializer=_start, initargs=(make, *arguments))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, items: Iterable[Any]) -> Iterator[Any]:
+        """In order. Items are taken as they are needed; only a few are held at a time."""
+        return map(self._here, items) if self._here is not None else self._map(items)
+
+    def _map(self, items: Iterable[Any]) -> Iterator[Any]:
+        assert self._pool is not None
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._pool.submit(_call, item))
+                if len(waiting) >= 4 * self._jobs:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError(
+                f"a process ended before its work did: too little memory for {self._jobs} of them, or {_GUARD}"
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def map_in_processes(make: tuple[Any, ...], items: Iterable[Any], jobs: int) -> Iterator[Any]:
+    """A ProcessMap for one use: function(item) of every item, where function = make[0](*make[1:])."""
+    with ProcessMap(jobs, *make) as processes:
+        yield from processes.map(items)
+
+
+def _start(make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
+    global _function
+    _function = make(*arguments)
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)
