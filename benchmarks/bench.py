@@ -5,10 +5,15 @@ python benchmarks/bench.py [SECTION …]
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import prepare
+import senone_corpus
+import senones as tree
 import torch
 
 from teacherstudent.config import Network
@@ -92,7 +97,15 @@ def exchange() -> None:
         )
 
 
-SECTIONS = {"models": models, "exchange": exchange}
+def senones() -> None:
+    """From hours of audio to about 3,000 senones: features, a tree from a known tying, a corpus of pseudo-words."""
+    prepare.measure_prepare()
+    tree.senones()
+    with tempfile.TemporaryDirectory() as folder:
+        senone_corpus.measure_corpus(Path(folder))
+
+
+SECTIONS = {"models": models, "exchange": exchange, "senones": senones}
 
 
 def main() -> None:

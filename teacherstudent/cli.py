@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="print the resolved configuration, the parameters, the schedule and the plan; start nothing",
             )
+        if name == "senones":
+            step.add_argument("--show", metavar="PHONE", help="draw a phone's tree, its questions in words")
+            step.add_argument("--kaldi", metavar="FOLDER", help="write tree, topo and phones.txt for Kaldi")
     store = steps.add_parser("store", help="look into a target store", description="look into a target store")
     store.add_argument("verb", choices=("info", "verify"), help="what it holds; whether every checksum holds")
     store.add_argument("folder", help="a folder of targets.*.h5")
@@ -76,7 +79,24 @@ def _run(options: argparse.Namespace) -> int:
 
         print(describe(config, options.step))
         return 0
+    if getattr(options, "show", None) or getattr(options, "kaldi", None):
+        return _look_at_senones(config, options)
     return _run_steps(config, options)
+
+
+def _look_at_senones(config: Config, options: argparse.Namespace) -> int:
+    """Of an experiment whose `senones` step is done; starts nothing."""
+    from teacherstudent.kaldi_tree import export_kaldi
+    from teacherstudent.senones import Inventory
+    from teacherstudent.tree_view import show
+
+    inventory = Inventory.load(Path(config.folder, "senones", "inventory.json"))
+    if options.show:
+        print(show(inventory, options.show))
+    if options.kaldi:
+        for path in export_kaldi(inventory, Path(options.kaldi)):
+            print(path)
+    return 0
 
 
 def _run_steps(config: Config, options: argparse.Namespace) -> int:
@@ -101,7 +121,7 @@ def _run_steps(config: Config, options: argparse.Namespace) -> int:
 
 
 def _say_results(folder: Path) -> None:
-    from teacherstudent.evaluate import summary
+    from teacherstudent.results_table import summary
 
     results = folder / "evaluate" / "results.json"
     if results.is_file():

@@ -110,12 +110,13 @@ def test_audio_that_is_not_there_is_named_with_its_cut(
     _, cuts = first_cut(own_data)
     source = cuts[0]["recording"]["sources"][0]["source"]
     (own_data / "human" / source).unlink()
-    message = error_of(capsys, "run", TINY, f"folder={tmp_path / 'exp'}", f"data.folder={own_data}")
+    settings = (f"folder={tmp_path / 'exp'}", f"data.folder={own_data}", "features.max_left_out_share=0")
+    message = error_of(capsys, "prepare", TINY, *settings)
     assert cuts[0]["id"] in message
     assert source in message
 
 
-def test_audio_of_44100_samples_a_second_is_told_how_to_resample(
+def test_audio_of_another_sampling_rate_is_named_where_it_is_not_to_be_resampled(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, own_data: Path
 ) -> None:
     path, cuts = first_cut(own_data)
@@ -124,10 +125,11 @@ def test_audio_of_44100_samples_a_second_is_told_how_to_resample(
     soundfile.write(own_data / "human" / recording["sources"][0]["source"], np.zeros(num_samples), 44100)
     recording |= {"sampling_rate": 44100, "num_samples": num_samples}
     path.write_text("".join(json.dumps(cut) + "\n" for cut in cuts))
-    message = error_of(capsys, "run", TINY, f"folder={tmp_path / 'exp'}", f"data.folder={own_data}")
+    settings = (f"folder={tmp_path / 'exp'}", f"data.folder={own_data}", "features.max_left_out_share=0")
+    message = error_of(capsys, "prepare", TINY, *settings, "features.resample=false")
     assert cuts[0]["id"] in message
     assert "44100" in message
-    assert "resample(16000)" in message
+    assert "features.resample" in message
 
 
 def test_a_dry_run_prints_parameters_and_schedule_and_starts_nothing(

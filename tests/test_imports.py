@@ -7,11 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "settings config files features lexicon senones decision_tree language_model grammar speakers noise "
-    "losses models posteriors schedule progress scoring wheels",
-    "checkpoint packed_index packed manifests experiment dataset store batches training_log kaldi_tree graph",
-    "espeak pronunciation recording corpus prepare align tie workers train trainings label decode evaluate dry_run "
-    "report report_data report_figures report_page report_sections",
+    "settings config files features lexicon alignments alignment_comparison mfcc gaussians tied_states "
+    "senones events questions tree_roots tree_view decision_tree kaldi_io event_map kaldi_topology "
+    "language_model grammar speakers noise losses models posteriors pseudo_words schedule progress "
+    "processes scoring error_tables results_table openfst lattice word_times vocabulary wheels",
+    "conditions extraction feature_reader data_folders prefetch checkpoint packed_index packed manifests "
+    "experiment dataset store batches training_log kaldi_tree alignment_index kaldi_alignments ctm "
+    "textgrid kaldi_inventory training_graphs graph",
+    "espeak pronunciation recording corpus sources feature_shards prepare flat_start_shards flat_start "
+    "align_sources align tie workers train trainings label decode graph_sources sclite speed evaluate "
+    "dry_run report report_data report_errors report_figures report_page report_sections",
     "run cli __main__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
