@@ -17,9 +17,9 @@ import senones as tree
 import torch
 
 from teacherstudent.config import Network
+from teacherstudent.data.features import Normalisation
 from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, in_process
-from teacherstudent.features import Normalisation
-from teacherstudent.models import AcousticModel, build_model
+from teacherstudent.training.models import AcousticModel, build_model
 
 NUM_FEATURES, NUM_SENONES = 192, 3183
 TEACHER = Network(layers=5, cells=832, bidirectional=True)

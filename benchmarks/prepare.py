@@ -11,9 +11,9 @@ import torch
 from lhotse import CutSet, Fbank, FbankConfig, Recording
 from lhotse.features.io import NumpyHdf5Writer
 
-from teacherstudent.conditions import Sounds
 from teacherstudent.config import Conditions, Features
-from teacherstudent.feature_shards import Task, make_shard
+from teacherstudent.data.conditions import Sounds
+from teacherstudent.data.feature_shards import Task, make_shard
 
 RATE, SECONDS, UTTERANCES = 16000, 8.0, 300
 REPEATS = 3

@@ -14,13 +14,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from teacherstudent.config import Config, Corpus, Data, Senones
-from teacherstudent.corpus import make_corpus
+from teacherstudent.data.lexicon import SILENCE, Lexicon
+from teacherstudent.data.manifests import HUMAN, shard_paths
 from teacherstudent.distributed import connect
 from teacherstudent.experiment import Experiment
-from teacherstudent.lexicon import SILENCE, Lexicon
-from teacherstudent.manifests import HUMAN, shard_paths
 from teacherstudent.run import find_steps, run_steps
-from teacherstudent.senones import Inventory
+from teacherstudent.synthesis.corpus import make_corpus
+from teacherstudent.tying.senones import Inventory
 
 HOURS = 4.0  # of human-labelled speech; the other parts are as small as they can be
 SAMPLING_RATE, SEED = 16000, 0

@@ -9,9 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from teacherstudent.config import Senones
-from teacherstudent.events import NUM_TREE_FEATURES, SILENCE_ID, Statistics, frame_events
-from teacherstudent.questions import place_in_word, stress, variants
-from teacherstudent.senones import Inventory, build
+from teacherstudent.tying.events import NUM_TREE_FEATURES, SILENCE_ID, Statistics, frame_events
+from teacherstudent.tying.questions import place_in_word, stress, variants
+from teacherstudent.tying.senones import Inventory, build
 
 VOWELS = ("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW")
 CONSONANTS = (

@@ -86,9 +86,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _look_at_senones(config: Config, options: argparse.Namespace) -> int:
     """Of an experiment whose `senones` step is done; starts nothing."""
-    from teacherstudent.kaldi_tree import export_kaldi
-    from teacherstudent.senones import Inventory
-    from teacherstudent.tree_view import show
+    from teacherstudent.tying.kaldi_tree import export_kaldi
+    from teacherstudent.tying.senones import Inventory
+    from teacherstudent.tying.tree_view import show
 
     inventory = Inventory.load(Path(config.folder, "senones", "inventory.json"))
     if options.show:
@@ -121,7 +121,7 @@ def _run_steps(config: Config, options: argparse.Namespace) -> int:
 
 
 def _say_results(folder: Path) -> None:
-    from teacherstudent.results_table import summary
+    from teacherstudent.decoding.results_table import summary
 
     results = folder / "evaluate" / "results.json"
     if results.is_file():

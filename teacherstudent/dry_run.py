@@ -1,9 +1,9 @@
 """`--dry-run`: what a training would do, with no data, inventory or worker present."""
 
 from teacherstudent.config import Config, Features, Network, Optimisation, Schedule, to_toml
-from teacherstudent.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
-from teacherstudent.models import num_parameters
-from teacherstudent.schedule import Plan
+from teacherstudent.data.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
+from teacherstudent.training.models import num_parameters
+from teacherstudent.training.schedule import Plan
 
 
 def describe(config: Config, step: str) -> str:

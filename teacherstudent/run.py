@@ -12,22 +12,22 @@ from pathlib import Path
 
 import torch
 
-from teacherstudent.align import align
+from teacherstudent.alignment.align import align
 from teacherstudent.config import Network
-from teacherstudent.corpus import make_corpus
+from teacherstudent.data.features import STACKED_FRAMES
+from teacherstudent.data.prepare import prepare
+from teacherstudent.data.sources import brings_data, import_data
+from teacherstudent.decoding.evaluate import evaluate
 from teacherstudent.distributed import Communicator
-from teacherstudent.evaluate import evaluate
 from teacherstudent.experiment import Experiment
-from teacherstudent.features import STACKED_FRAMES
 from teacherstudent.files import write_json
-from teacherstudent.label import label
-from teacherstudent.models import num_parameters
-from teacherstudent.prepare import prepare
-from teacherstudent.report import write_report
-from teacherstudent.sources import brings_data, import_data
-from teacherstudent.tie import tie_senones
-from teacherstudent.trainings import train_student, train_teacher
-from teacherstudent.workers import run_workers
+from teacherstudent.reporting.report import write_report
+from teacherstudent.synthesis.corpus import make_corpus
+from teacherstudent.training.label import label
+from teacherstudent.training.models import num_parameters
+from teacherstudent.training.trainings import train_student, train_teacher
+from teacherstudent.training.workers import run_workers
+from teacherstudent.tying.tie import tie_senones
 
 COPIES = 6  # weights, gradients, momentum, and up to three buffers of the method
 Alone = Callable[[Experiment], list[Path]]

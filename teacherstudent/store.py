@@ -17,8 +17,8 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from teacherstudent.features import FRAME_RULE, FRAME_SHIFT_SECONDS
-from teacherstudent.packed import Arrays, PackedShard, PackedWriter, open_shards, shard_number
+from teacherstudent.data.features import FRAME_RULE, FRAME_SHIFT_SECONDS
+from teacherstudent.data.packed import Arrays, PackedShard, PackedWriter, open_shards, shard_number
 from teacherstudent.posteriors import renormalise, top_k
 
 STORE_VERSION = 1

@@ -15,9 +15,9 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-from teacherstudent.espeak import SAMPLING_RATE as SPOKEN_RATE
-from teacherstudent.espeak import Voice
-from teacherstudent.language_model import estimate_bigram
+from teacherstudent.decoding.language_model import estimate_bigram
+from teacherstudent.synthesis.espeak import SAMPLING_RATE as SPOKEN_RATE
+from teacherstudent.synthesis.espeak import Voice
 
 SAMPLING_RATE = 16000
 MARGIN_SECONDS = 0.2  # of near silence before and after what is said

@@ -22,11 +22,11 @@ from tiny_alignments import (
 )
 from tiny_speech import tiny_inventory
 
-from teacherstudent.align import align
-from teacherstudent.align_sources import cut_segments
+from teacherstudent.alignment.align import align
+from teacherstudent.alignment.align_sources import cut_segments
 from teacherstudent.config import Senones
-from teacherstudent.kaldi_tree import export_kaldi
-from teacherstudent.packed import PackedShard, shard_path
+from teacherstudent.data.packed import PackedShard, shard_path
+from teacherstudent.tying.kaldi_tree import export_kaldi
 
 SIL, A, B, K = 1, 2, 3, 4
 RUNS = {  # (phone, Kaldi's frames of 10 ms)
@@ -370,7 +370,7 @@ def test_a_flat_start_s_segments_and_reasons_are_taken_as_they_are(tmp_path, mon
                 (folder / f"segments.{number:06d}.jsonl").write_text(text)
         return tmp_path / "flat"
 
-    monkeypatch.setattr("teacherstudent.align_sources.train_and_align", written)
+    monkeypatch.setattr("teacherstudent.alignment.align_sources.train_and_align", written)
     experiment = make_experiment(tmp_path / "experiment", cuts(), source="transcripts", max_dropped_share=0.3)
     with pytest.warns(UserWarning, match="1 x words that are not in the lexicon: zwei"):
         align(experiment)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.alignment_comparison import compare, match, phone_class
-from teacherstudent.alignments import PhoneSegments
+from teacherstudent.alignment.alignment_comparison import compare, match, phone_class
+from teacherstudent.alignment.alignments import PhoneSegments
 
 
 def segments(text: str, starts: list[float]) -> PhoneSegments:

@@ -11,9 +11,9 @@ from lhotse import MonoCut, SupervisionSegment
 from lhotse.supervision import AlignmentItem
 from tiny_alignments import make_cut
 
-from teacherstudent.align_sources import cut_segments
-from teacherstudent.alignment_index import AlignmentIndex, write_index
-from teacherstudent.alignments import (
+from teacherstudent.alignment.align_sources import cut_segments
+from teacherstudent.alignment.alignment_index import AlignmentIndex, write_index
+from teacherstudent.alignment.alignments import (
     AlignmentError,
     PhoneNames,
     PhoneSegments,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.batches import WINDOW_SHARDS, Batch, Position, Source, collate
-from teacherstudent.losses import PADDING
+from teacherstudent.training.batches import WINDOW_SHARDS, Batch, Position, Source, collate
+from teacherstudent.training.losses import PADDING
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from teacherstudent.checkpoint import load, save
+from teacherstudent.training.checkpoint import load, save
 
 torch.set_num_threads(1)
 

@@ -13,10 +13,10 @@ from lhotse.serialization import deserialize_item
 from lhotse.supervision import AlignmentItem
 from tiny_audio import RATE, make_cut, write_audio
 
-from teacherstudent.conditions import Sound, Sounds, apply_condition, make_copies
 from teacherstudent.config import Conditions, Features
-from teacherstudent.extraction import Extractor, Unusable, choose_audio
-from teacherstudent.manifests import speaker_of
+from teacherstudent.data.conditions import Sound, Sounds, apply_condition, make_copies
+from teacherstudent.data.extraction import Extractor, Unusable, choose_audio
+from teacherstudent.data.manifests import speaker_of
 
 RANDOM = np.random.default_rng(0)
 SPEECH = (0.1 * RANDOM.normal(size=RATE) * np.hanning(RATE)).astype(np.float32)

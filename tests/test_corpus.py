@@ -12,14 +12,14 @@ import soundfile
 from lhotse import CutSet
 from lhotse.qa import validate
 
-from teacherstudent import corpus as step
 from teacherstudent.config import Corpus
-from teacherstudent.corpus import BACKGROUNDS, make_corpus
-from teacherstudent.grammar import Grammar, draw_sentence, list_words
-from teacherstudent.lexicon import SILENCE, Lexicon
-from teacherstudent.manifests import LABELLED_PARTS, PARTS, read_cuts, shard_paths
-from teacherstudent.recording import Session, record, record_background
-from teacherstudent.speakers import draw_speakers
+from teacherstudent.data.lexicon import SILENCE, Lexicon
+from teacherstudent.data.manifests import LABELLED_PARTS, PARTS, read_cuts, shard_paths
+from teacherstudent.synthesis import corpus as step
+from teacherstudent.synthesis.corpus import BACKGROUNDS, make_corpus
+from teacherstudent.synthesis.grammar import Grammar, draw_sentence, list_words
+from teacherstudent.synthesis.recording import Session, record, record_background
+from teacherstudent.synthesis.speakers import draw_speakers
 
 RATE = 16000
 SETTINGS = Corpus(

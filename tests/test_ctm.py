@@ -4,8 +4,8 @@ import gzip
 
 import pytest
 
-from teacherstudent.alignments import AlignmentError
-from teacherstudent.ctm import phones_of, read_lines, words_of
+from teacherstudent.alignment.alignments import AlignmentError
+from teacherstudent.alignment.ctm import phones_of, read_lines, words_of
 
 
 @pytest.mark.parametrize("name", ["phones.ctm", "phones.ctm.gz"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from teacherstudent import decision_tree
+from teacherstudent.tying import decision_tree
 
 
 def frames_log_likelihood(frames):

@@ -16,10 +16,10 @@ from tiny_speech import (
 )
 
 from teacherstudent.config import Decode
-from teacherstudent.decode import Decoder, Hypothesis, Recogniser, Weights
-from teacherstudent.graph import Graph
-from teacherstudent.language_model import BEGIN, END, LanguageModel
-from teacherstudent.lexicon import Lexicon
+from teacherstudent.data.lexicon import Lexicon
+from teacherstudent.decoding.decode import Decoder, Hypothesis, Recogniser, Weights
+from teacherstudent.decoding.graph import Graph
+from teacherstudent.decoding.language_model import BEGIN, END, LanguageModel
 
 pytest.importorskip("kaldi_decoder")
 ROUNDING = 5e-3  # compiling a graph rounds its weights to 1/1024

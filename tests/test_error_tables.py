@@ -4,7 +4,7 @@ import pytest
 from lhotse import MonoCut, SupervisionSegment
 
 from teacherstudent.config import Decode
-from teacherstudent.error_tables import Utterance, score_system
+from teacherstudent.decoding.error_tables import Utterance, score_system
 
 pytest.importorskip("kaldialign")
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from conftest import TINY
 
-from teacherstudent import checkpoint
 from teacherstudent.config import Config, Schedule, Student, load, to_toml
-from teacherstudent.decode import Decoder
-from teacherstudent.error_tables import Utterance
-from teacherstudent.evaluate import _compare, evaluate, find_systems
+from teacherstudent.data.packed import PackedWriter, open_shards
+from teacherstudent.decoding.decode import Decoder
+from teacherstudent.decoding.error_tables import Utterance
+from teacherstudent.decoding.evaluate import _compare, evaluate, find_systems
+from teacherstudent.decoding.graph_sources import build_graph
+from teacherstudent.decoding.lattice import read_lattices
+from teacherstudent.decoding.results_table import summary
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import hash_file, write_text
-from teacherstudent.graph_sources import build_graph
-from teacherstudent.lattice import read_lattices
-from teacherstudent.models import model_from_state
-from teacherstudent.packed import PackedWriter, open_shards
-from teacherstudent.results_table import summary
-from teacherstudent.senones import Inventory
+from teacherstudent.training import checkpoint
+from teacherstudent.training.models import model_from_state
+from teacherstudent.tying.senones import Inventory
 
 torch.set_num_threads(1)
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.event_map import PDF_CLASS, Constant, ContextDependency, Split, Table, find_answer
+from teacherstudent.tying.event_map import PDF_CLASS, Constant, ContextDependency, Split, Table, find_answer
 
 PHONES, WIDTH = 6, 3
 KEYS = st.sampled_from([PDF_CLASS, 0, 1, 2])

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dct
 
-from teacherstudent.events import NUM_TREE_FEATURES, Statistics, check_phones, frame_events, tree_features
+from teacherstudent.tying.events import (
+    NUM_TREE_FEATURES,
+    Statistics,
+    check_phones,
+    frame_events,
+    tree_features,
+)
 
 NUM_PHONES = 7
 

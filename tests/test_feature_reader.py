@@ -13,20 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_audio import make_cut, make_samples, open_experiment, write_audio, write_cuts, write_data
 
-from teacherstudent import prepare as prepare_module
 from teacherstudent.config import Conditions
-from teacherstudent.experiment import Experiment
-from teacherstudent.feature_reader import FeatureShard, open_features, read_normalisation
-from teacherstudent.features import (
+from teacherstudent.data import prepare as prepare_module
+from teacherstudent.data.feature_reader import FeatureShard, open_features, read_normalisation
+from teacherstudent.data.features import (
     PRIOR_FRAMES,
     Moments,
     Normalisation,
     normalise_by,
     normalise_causally,
 )
-from teacherstudent.manifests import PARTS
-from teacherstudent.packed import open_shards
-from teacherstudent.prepare import prepare
+from teacherstudent.data.manifests import PARTS
+from teacherstudent.data.packed import open_shards
+from teacherstudent.data.prepare import prepare
+from teacherstudent.experiment import Experiment
 
 
 @pytest.fixture(autouse=True)

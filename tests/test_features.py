@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse import Fbank, FbankConfig
 
-from teacherstudent.features import Moments, Normalisation, num_stacked_frames, stack
+from teacherstudent.data.features import Moments, Normalisation, num_stacked_frames, stack
 
 torch.set_num_threads(1)
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from lhotse import MonoCut, SupervisionSegment
 
-from teacherstudent import flat_start
+from teacherstudent.alignment import flat_start
+from teacherstudent.alignment.flat_start import Stage, train_and_align
+from teacherstudent.alignment.gaussians import Mixtures
 from teacherstudent.config import Align, Config, Data
+from teacherstudent.data.features import FRAME_RULE, stack
+from teacherstudent.data.lexicon import Lexicon
+from teacherstudent.data.manifests import LABELLED_PARTS
+from teacherstudent.data.packed import PackedWriter, shard_path
 from teacherstudent.experiment import Experiment
-from teacherstudent.features import FRAME_RULE, stack
-from teacherstudent.flat_start import Stage, train_and_align
-from teacherstudent.gaussians import Mixtures
-from teacherstudent.lexicon import Lexicon
-from teacherstudent.manifests import LABELLED_PARTS
-from teacherstudent.packed import PackedWriter, shard_path
 
 LEXICON = Lexicon.of(  # no word ends as another begins: nobody could hear where one ends then
     [

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.gaussians import FRAMES_A_COMPONENT, MIN_COUNT, VARIANCE_FLOOR, Mixtures, sum_by_pdf
+from teacherstudent.alignment.gaussians import (
+    FRAMES_A_COMPONENT,
+    MIN_COUNT,
+    VARIANCE_FLOOR,
+    Mixtures,
+    sum_by_pdf,
+)
 
 D = 3
 

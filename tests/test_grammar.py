@@ -3,7 +3,7 @@ from collections import Counter
 
 import numpy as np
 
-from teacherstudent.grammar import GRAMMAR, Grammar, draw_sentence, list_words
+from teacherstudent.synthesis.grammar import GRAMMAR, Grammar, draw_sentence, list_words
 
 
 def draw(num_sentences: int, seed: int = 0) -> list[str]:

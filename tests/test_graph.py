@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tiny_speech import LANGUAGE_MODEL, LEXICON, PHONES, tiny_inventory
 
-from teacherstudent.graph import Graph, _disambiguation, _grammar, _transition_model
-from teacherstudent.kaldi_tree import topology_text
-from teacherstudent.language_model import BEGIN, END, LanguageModel, estimate_bigram
-from teacherstudent.lexicon import Lexicon
+from teacherstudent.data.lexicon import Lexicon
+from teacherstudent.decoding.graph import Graph, _disambiguation, _grammar, _transition_model
+from teacherstudent.decoding.language_model import BEGIN, END, LanguageModel, estimate_bigram
+from teacherstudent.tying.kaldi_tree import topology_text
 
 kaldifst = pytest.importorskip("kaldifst")
 

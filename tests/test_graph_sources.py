@@ -7,10 +7,10 @@ from lhotse import CutSet, MonoCut, SupervisionSegment
 from tiny_speech import LEXICON, tiny_inventory
 
 from teacherstudent.config import Config, Data
+from teacherstudent.decoding.graph import Graph
+from teacherstudent.decoding.graph_sources import build_graph, language_model_path
+from teacherstudent.decoding.language_model import estimate_bigram, word_loop
 from teacherstudent.experiment import Experiment
-from teacherstudent.graph import Graph
-from teacherstudent.graph_sources import build_graph, language_model_path
-from teacherstudent.language_model import estimate_bigram, word_loop
 
 pytest.importorskip("kaldifst")
 

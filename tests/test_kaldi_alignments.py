@@ -20,8 +20,8 @@ from tiny_alignments import (
     write_phones_txt,
 )
 
-from teacherstudent.alignments import AlignmentError, frame_labels
-from teacherstudent.kaldi_alignments import (
+from teacherstudent.alignment.alignments import AlignmentError, frame_labels
+from teacherstudent.alignment.kaldi_alignments import (
     KaldiFrames,
     TransitionModel,
     pdf_segments,

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.kaldi_topology import HmmState, Topology, first_and_later_frames, shortest_duration
-from teacherstudent.kaldi_tree import topology_text
+from teacherstudent.tying.kaldi_topology import HmmState, Topology, first_and_later_frames, shortest_duration
+from teacherstudent.tying.kaldi_tree import topology_text
 
 CHAIN = (
     "<State> 0 <ForwardPdfClass> 0 <SelfLoopPdfClass> 1 <Transition> 0 0.5 <Transition> 1 0.5 </State>\n"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from teacherstudent.config import Senones
-from teacherstudent.event_map import PDF_CLASS, Constant, ContextDependency, Split, Table
-from teacherstudent.events import Statistics
-from teacherstudent.kaldi_inventory import inventory_of, read_kaldi_inventory, read_phone_table
-from teacherstudent.kaldi_topology import Topology
-from teacherstudent.kaldi_tree import export_kaldi, kaldi_tree_bytes, to_kaldi, topology_text
-from teacherstudent.senones import build
+from teacherstudent.tying.event_map import PDF_CLASS, Constant, ContextDependency, Split, Table
+from teacherstudent.tying.events import Statistics
+from teacherstudent.tying.kaldi_inventory import inventory_of, read_kaldi_inventory, read_phone_table
+from teacherstudent.tying.kaldi_topology import Topology
+from teacherstudent.tying.kaldi_tree import export_kaldi, kaldi_tree_bytes, to_kaldi, topology_text
+from teacherstudent.tying.senones import build
 
 PHONES = (
     "SIL",

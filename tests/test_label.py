@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from teacherstudent import checkpoint
-from teacherstudent import label as label_module
-from teacherstudent.batches import collate
 from teacherstudent.config import Config, Label, Network
+from teacherstudent.data.features import Normalisation
+from teacherstudent.data.packed import PackedShard, PackedWriter, open_shards, shard_path
 from teacherstudent.distributed import connect, in_process
 from teacherstudent.experiment import Experiment
-from teacherstudent.features import Normalisation
-from teacherstudent.label import infer, label
-from teacherstudent.models import AcousticModel, build_model, model_from_state, model_state
-from teacherstudent.packed import PackedShard, PackedWriter, open_shards, shard_path
 from teacherstudent.posteriors import top_k
 from teacherstudent.store import TargetStore
+from teacherstudent.training import checkpoint
+from teacherstudent.training import label as label_module
+from teacherstudent.training.batches import collate
+from teacherstudent.training.label import infer, label
+from teacherstudent.training.models import AcousticModel, build_model, model_from_state, model_state
 
 torch.set_num_threads(1)
 

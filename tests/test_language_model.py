@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.language_model import BEGIN, END, LanguageModel, estimate_bigram, word_loop
+from teacherstudent.decoding.language_model import BEGIN, END, LanguageModel, estimate_bigram, word_loop
 
 SENTENCES = ["play some music", "play some jazz", "stop the music", "stop", "play the music"]
 sentences = st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5).map(" ".join), max_size=12)

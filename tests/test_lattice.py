@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.lattice import Lattice, read_lattices, write_lattices
-from teacherstudent.openfst import Arcs
+from teacherstudent.decoding.lattice import Lattice, read_lattices, write_lattices
+from teacherstudent.decoding.openfst import Arcs
 
 NUM_WORDS = 3
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.lexicon import SILENCE, Lexicon
+from teacherstudent.data.lexicon import SILENCE, Lexicon
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), min_size=1, max_size=5)
 PRONUNCIATIONS = st.lists(NAMES.filter(lambda name: name != SILENCE), min_size=1, max_size=4).map(tuple)

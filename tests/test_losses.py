@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teacherstudent.losses import PADDING, num_frame_errors, posterior_loss, senone_loss
+from teacherstudent.training.losses import PADDING, num_frame_errors, posterior_loss, senone_loss
 
 torch.set_num_threads(1)
 

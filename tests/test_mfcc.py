@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.fft import dct
 
-from teacherstudent import mfcc
-from teacherstudent.features import stack
+from teacherstudent.alignment import mfcc
+from teacherstudent.data.features import stack
 
 
 @pytest.mark.parametrize("num_frames", range(1, 11))

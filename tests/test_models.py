@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from teacherstudent.config import Network
-from teacherstudent.features import Normalisation
-from teacherstudent.models import AcousticModel, build_model, model_from_state, model_state, num_parameters
+from teacherstudent.data.features import Normalisation
+from teacherstudent.training.models import (
+    AcousticModel,
+    build_model,
+    model_from_state,
+    model_state,
+    num_parameters,
+)
 
 torch.set_num_threads(1)
 

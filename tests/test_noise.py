@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.noise import KINDS, make_babble, make_coloured, make_hum, make_noise, mix
+from teacherstudent.synthesis.noise import KINDS, make_babble, make_coloured, make_hum, make_noise, mix
 
 RATE = 16000
 VOICES = np.random.default_rng(0).standard_normal((5, 3 * RATE)).astype(np.float32)

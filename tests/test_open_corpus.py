@@ -16,15 +16,15 @@ import pytest
 from conftest import ROOT
 
 from teacherstudent.config import Corpus
-from teacherstudent.corpus import make_corpus
-from teacherstudent.grammar import Grammar
-from teacherstudent.lexicon import SILENCE, Lexicon, base_phone, mark_positions
-from teacherstudent.manifests import LABELLED_PARTS, shard_paths
-from teacherstudent.pronunciation import PHONES, STRESS, SYLLABIC, build_lexicon
-from teacherstudent.pseudo_words import make_pseudo_words
-from teacherstudent.recording import Session, count_accent, record
-from teacherstudent.speakers import ACCENTS, Speaker
-from teacherstudent.vocabulary import Vocabulary, make_vocabulary
+from teacherstudent.data.lexicon import SILENCE, Lexicon, base_phone, mark_positions
+from teacherstudent.data.manifests import LABELLED_PARTS, shard_paths
+from teacherstudent.synthesis.corpus import make_corpus
+from teacherstudent.synthesis.grammar import Grammar
+from teacherstudent.synthesis.pronunciation import PHONES, STRESS, SYLLABIC, build_lexicon
+from teacherstudent.synthesis.pseudo_words import make_pseudo_words
+from teacherstudent.synthesis.recording import Session, count_accent, record
+from teacherstudent.synthesis.speakers import ACCENTS, Speaker
+from teacherstudent.synthesis.vocabulary import Vocabulary, make_vocabulary
 
 RATE = 8000
 PSEUDO = Corpus(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from teacherstudent.openfst import Arcs, make_acceptor
+from teacherstudent.decoding.openfst import Arcs, make_acceptor
 
 kaldifst = pytest.importorskip("kaldifst")
 

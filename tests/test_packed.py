@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.packed import PackedShard, PackedWriter, open_shards, shard_number, shard_path
+from teacherstudent.data.packed import PackedShard, PackedWriter, open_shards, shard_number, shard_path
 
 LAYOUT = {"values": ("float16", (3,)), "label": ("int32", ()), "first": ("bool", ())}
 
@@ -249,7 +249,7 @@ def test_shards_open_in_the_order_of_their_numbers_and_a_gap_is_an_error(tmp_pat
 
 
 def test_few_files_are_open_however_many_shards_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("teacherstudent.packed._OPEN_FILES", 3)
+    monkeypatch.setattr("teacherstudent.data.packed._OPEN_FILES", 3)
     utterances = make_utterances([5, 9])
     for number in range(10):
         write(shard_path(tmp_path, "a", number), utterances)

@@ -13,14 +13,14 @@ import pytest
 from tiny_audio import open_experiment, write_data
 from tiny_training import make_source, make_training
 
-from teacherstudent import prepare as prepare_module
-from teacherstudent.batches import Batch, Position, Source
+from teacherstudent.data import prepare as prepare_module
+from teacherstudent.data.feature_reader import open_features
+from teacherstudent.data.prefetch import BatchReader, Readers, Request
+from teacherstudent.data.prepare import prepare
 from teacherstudent.distributed import in_process
-from teacherstudent.feature_reader import open_features
-from teacherstudent.prefetch import BatchReader, Readers, Request
-from teacherstudent.prepare import prepare
-from teacherstudent.schedule import HUMAN, MACHINE
-from teacherstudent.train import train
+from teacherstudent.training.batches import Batch, Position, Source
+from teacherstudent.training.schedule import HUMAN, MACHINE
+from teacherstudent.training.train import train
 
 
 def square(number: int) -> int:

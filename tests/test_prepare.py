@@ -27,14 +27,14 @@ from tiny_audio import (
     write_data,
 )
 
-from teacherstudent import prepare as prepare_module
 from teacherstudent.config import Conditions
-from teacherstudent.dataset import prepared_shards, read_prepared
+from teacherstudent.data import prepare as prepare_module
+from teacherstudent.data.dataset import prepared_shards, read_prepared
+from teacherstudent.data.feature_shards import Task, make_shard
+from teacherstudent.data.features import stack
+from teacherstudent.data.packed import PackedShard, open_shards
+from teacherstudent.data.prepare import prepare
 from teacherstudent.experiment import Experiment
-from teacherstudent.feature_shards import Task, make_shard
-from teacherstudent.features import stack
-from teacherstudent.packed import PackedShard, open_shards
-from teacherstudent.prepare import prepare
 
 
 @pytest.fixture

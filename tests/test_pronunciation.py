@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacherstudent.espeak import SAMPLING_RATE, Event, Speech, Voice
-from teacherstudent.lexicon import SILENCE, Lexicon
-from teacherstudent.pronunciation import (
+from teacherstudent.data.lexicon import SILENCE, Lexicon
+from teacherstudent.synthesis.espeak import SAMPLING_RATE, Event, Speech, Voice
+from teacherstudent.synthesis.pronunciation import (
     MIN_PHONE_SECONDS,
     Uncovered,
     _make_room,

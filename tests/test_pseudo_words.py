@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.pronunciation import PHONES, STRESS, SYLLABIC
-from teacherstudent.pseudo_words import _sound, make_pseudo_words
+from teacherstudent.synthesis.pronunciation import PHONES, STRESS, SYLLABIC
+from teacherstudent.synthesis.pseudo_words import _sound, make_pseudo_words
 
 WORDS = make_pseudo_words(3000, seed=0)
 
@@ -69,7 +69,7 @@ def test_every_phone_is_one_of_ours_and_all_are_used() -> None:
 
 
 def test_there_is_an_end_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teacherstudent.pseudo_words._ONSETS", "b/b:1 p/p:1")
-    monkeypatch.setattr("teacherstudent.pseudo_words._SYLLABLES", (1.0,))
+    monkeypatch.setattr("teacherstudent.synthesis.pseudo_words._ONSETS", "b/b:1 p/p:1")
+    monkeypatch.setattr("teacherstudent.synthesis.pseudo_words._SYLLABLES", (1.0,))
     with pytest.raises(ValueError, match=r"no 5000 pseudo-words: \d+ are about as many"):
         make_pseudo_words(5000, 0)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from teacherstudent.questions import (
+from teacherstudent.tying.questions import (
     find_questions,
     named_classes,
     place_in_word,

@@ -18,7 +18,7 @@ from conftest import ROOT
 from lhotse.bin.modes import download
 
 from teacherstudent import config
-from teacherstudent.packed import open_shards
+from teacherstudent.data.packed import open_shards
 
 TINY = (
     "features.jobs=1", "align.jobs=1", "senones.jobs=1", "decode.jobs=1",

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from teacherstudent.config import Config, Distributed, Schedule, Student, to_toml
-from teacherstudent.packed import PackedWriter, shard_path
-from teacherstudent.report import write_report
-from teacherstudent.report_data import read_curves, senone_phones
-from teacherstudent.schedule import Plan
-from teacherstudent.senones import Inventory
-from teacherstudent.speed import write_speeds
+from teacherstudent.data.packed import PackedWriter, shard_path
+from teacherstudent.decoding.speed import write_speeds
+from teacherstudent.reporting.report import write_report
+from teacherstudent.reporting.report_data import read_curves, senone_phones
 from teacherstudent.store import TargetWriter
+from teacherstudent.training.schedule import Plan
+from teacherstudent.tying.senones import Inventory
 
 torch.set_num_threads(1)
 
@@ -347,7 +347,7 @@ def test_senones_are_named_after_all_phones_whose_trees_lead_to_them():
 
 
 def test_a_long_schedule_is_drawn_with_few_points_of_both_sources():
-    from teacherstudent.report_figures import _spread
+    from teacherstudent.reporting.report_figures import _spread
 
     plan = Plan(Schedule(steps=1_000_000), 0.1)
     steps = _spread(len(plan))

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, run, teacherstudent
 
+from teacherstudent.data.packed import open_shards
 from teacherstudent.files import hash_file
-from teacherstudent.packed import open_shards
-from teacherstudent.senones import Inventory
 from teacherstudent.store import TargetStore
+from teacherstudent.tying.senones import Inventory
 
 STUDENTS = ("human-only", "gtc", "bmuf")
 

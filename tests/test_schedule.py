@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacherstudent.config import Schedule
-from teacherstudent.schedule import Plan, Step
+from teacherstudent.training.schedule import Plan, Step
 
 
 def steps(plan: Plan) -> list[Step]:

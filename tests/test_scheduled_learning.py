@@ -8,13 +8,13 @@ import torch
 from tiny_training import NETWORK, make_source, make_training
 from torch import Tensor, nn
 
-from teacherstudent import train as train_module
-from teacherstudent.batches import Batch
-from teacherstudent.checkpoint import load
 from teacherstudent.config import Schedule
 from teacherstudent.distributed import Communicator, in_process
-from teacherstudent.schedule import HUMAN, MACHINE, Plan
-from teacherstudent.train import train
+from teacherstudent.training import train as train_module
+from teacherstudent.training.batches import Batch
+from teacherstudent.training.checkpoint import load
+from teacherstudent.training.schedule import HUMAN, MACHINE, Plan
+from teacherstudent.training.train import train
 
 STEPS, RATE = 600, 1e-3
 

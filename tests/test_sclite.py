@@ -7,10 +7,10 @@ import subprocess
 
 import pytest
 
-from teacherstudent.decode import TimedWord
-from teacherstudent.error_tables import Utterance
-from teacherstudent.sclite import to_ctm, to_stm, to_trn, write_hypotheses, write_references
-from teacherstudent.scoring import count_errors
+from teacherstudent.decoding.decode import TimedWord
+from teacherstudent.decoding.error_tables import Utterance
+from teacherstudent.decoding.sclite import to_ctm, to_stm, to_trn, write_hypotheses, write_references
+from teacherstudent.decoding.scoring import count_errors
 
 TEST = [
     Utterance("b-2", ("play", "it"), "ann_1", 1.52),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.scoring import compare, count_errors, score
+from teacherstudent.decoding.scoring import compare, count_errors, score
 
 kaldialign = pytest.importorskip("kaldialign")
 words = st.lists(st.sampled_from("abc"), max_size=6)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from teacherstudent.config import Senones
-from teacherstudent.events import Statistics, frame_events
-from teacherstudent.questions import place_in_word, stress, variants
-from teacherstudent.senones import PRIOR_FLOOR, Inventory, build
+from teacherstudent.tying.events import Statistics, frame_events
+from teacherstudent.tying.questions import place_in_word, stress, variants
+from teacherstudent.tying.senones import PRIOR_FLOOR, Inventory, build
 
 PHONES = ("SIL", "A", "B", "C", "D", "E", "F")
 NUM_PHONES = len(PHONES)

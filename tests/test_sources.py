@@ -15,16 +15,16 @@ from lhotse import CutSet, Fbank, FbankConfig, MonoCut
 from lhotse.kaldi import load_kaldi_data_dir
 from tiny_audio import RATE, contents, make_samples, open_config, write_audio, write_data
 
-from teacherstudent import prepare as prepare_module
 from teacherstudent.config import Data, Features
-from teacherstudent.data_folders import extract_shar, list_audio_folder, list_kaldi, list_shar, make_cut
-from teacherstudent.dataset import prepared_shards, read_prepared, source_shards
+from teacherstudent.data import prepare as prepare_module
+from teacherstudent.data.data_folders import extract_shar, list_audio_folder, list_kaldi, list_shar, make_cut
+from teacherstudent.data.dataset import prepared_shards, read_prepared, source_shards
+from teacherstudent.data.features import stack
+from teacherstudent.data.manifests import LABELLED_PARTS, PARTS
+from teacherstudent.data.packed import open_shards
+from teacherstudent.data.prepare import prepare
+from teacherstudent.data.sources import brings_data, import_data
 from teacherstudent.experiment import Experiment
-from teacherstudent.features import stack
-from teacherstudent.manifests import LABELLED_PARTS, PARTS
-from teacherstudent.packed import open_shards
-from teacherstudent.prepare import prepare
-from teacherstudent.sources import brings_data, import_data
 
 
 @pytest.fixture(autouse=True)
@@ -439,7 +439,7 @@ def test_an_interrupted_import_is_made_anew(tmp_path: Path, monkeypatch: pytest.
     whole = contents(import_data(reopen(tmp_path, "whole")))
     with monkeypatch.context() as patch:
         patch.setattr(
-            "teacherstudent.sources.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "teacherstudent.data.sources.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             import_data(experiment)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.speakers import ACCENTS, PITCHES, RATES, VARIANTS, draw_speakers
+from teacherstudent.synthesis.speakers import ACCENTS, PITCHES, RATES, VARIANTS, draw_speakers
 
 DATA = Path(import_module("espeakng_loader").get_data_path())
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacherstudent import store as store_module
-from teacherstudent.packed import PackedShard, PackedWriter, shard_path
+from teacherstudent.data.packed import PackedShard, PackedWriter, shard_path
 from teacherstudent.posteriors import top_k
 from teacherstudent.store import TargetStore, TargetWriter, describe
 

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teacherstudent import tie
 from teacherstudent.config import Config, Senones
-from teacherstudent.events import Statistics, frame_events, tree_features
+from teacherstudent.data.manifests import HUMAN, LABELLED_PARTS
+from teacherstudent.data.packed import PackedShard, PackedWriter, open_shards, shard_path
 from teacherstudent.experiment import Experiment
-from teacherstudent.kaldi_tree import export_kaldi
-from teacherstudent.manifests import HUMAN, LABELLED_PARTS
-from teacherstudent.packed import PackedShard, PackedWriter, open_shards, shard_path
-from teacherstudent.senones import Inventory, build
-from teacherstudent.tie import tie_senones
+from teacherstudent.tying import tie
+from teacherstudent.tying.events import Statistics, frame_events, tree_features
+from teacherstudent.tying.kaldi_tree import export_kaldi
+from teacherstudent.tying.senones import Inventory, build
+from teacherstudent.tying.tie import tie_senones
 
 PHONES = ["SIL", "A1_B", "A0_B", "K_B", "K_E", "M_E"]
 NUM_SHARDS, UTTERANCES, FEATURES = 3, 12, 192

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from teacherstudent.event_map import find_answer
-from teacherstudent.tied_states import (
+from teacherstudent.alignment.tied_states import (
     SILENCE_ID,
     TiedStates,
     find_bases,
@@ -17,6 +16,7 @@ from teacherstudent.tied_states import (
     sum_events,
     tie,
 )
+from teacherstudent.tying.event_map import find_answer
 
 PHONES = ("SIL", "A0_B", "A1_E", "B_B", "B_S", "C_I")
 BASES = find_bases(PHONES)

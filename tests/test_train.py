@@ -10,13 +10,13 @@ import torch
 from tiny_training import NETWORK, NUM_SENONES, STEPS, VALIDATE_EVERY, make_source, make_training
 from torch.nn import functional
 
-from teacherstudent import checkpoint
-from teacherstudent.batches import Batch, Position, Source
 from teacherstudent.distributed import Communicator, in_process
-from teacherstudent.models import build_model, model_from_state
-from teacherstudent.schedule import HUMAN, MACHINE
-from teacherstudent.train import Training, batch_loss, train
-from teacherstudent.workers import METHODS
+from teacherstudent.training import checkpoint
+from teacherstudent.training.batches import Batch, Position, Source
+from teacherstudent.training.models import build_model, model_from_state
+from teacherstudent.training.schedule import HUMAN, MACHINE
+from teacherstudent.training.train import Training, batch_loss, train
+from teacherstudent.training.workers import METHODS
 
 torch.set_num_threads(1)
 

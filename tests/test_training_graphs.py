@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.alignments import AlignmentError
-from teacherstudent.gaussians import Mixtures
-from teacherstudent.lexicon import Lexicon
-from teacherstudent.tied_states import TiedStates, find_bases, num_states
-from teacherstudent.training_graphs import ACOUSTIC_SCALE, StatePath, TrainingGraphs
+from teacherstudent.alignment.alignments import AlignmentError
+from teacherstudent.alignment.gaussians import Mixtures
+from teacherstudent.alignment.tied_states import TiedStates, find_bases, num_states
+from teacherstudent.alignment.training_graphs import ACOUSTIC_SCALE, StatePath, TrainingGraphs
+from teacherstudent.data.lexicon import Lexicon
 
 LEXICON = Lexicon.of(
     [

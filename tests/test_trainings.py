@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from teacherstudent.batches import Position
 from teacherstudent.config import Config, Network
+from teacherstudent.data.packed import PackedWriter, shard_path
 from teacherstudent.experiment import Experiment
-from teacherstudent.packed import PackedWriter, shard_path
-from teacherstudent.trainings import labelled_source
+from teacherstudent.training.batches import Position
+from teacherstudent.training.trainings import labelled_source
 
 FEATURES = [["a", "b", "c"], ["d", "e"]]
 FRAMES = {"a": 5, "b": 6, "c": 7, "d": 8, "e": 9}

@@ -3,8 +3,8 @@ import re
 import numpy as np
 import pytest
 
-from teacherstudent.senones import Inventory
-from teacherstudent.tree_view import describe, show
+from teacherstudent.tying.senones import Inventory
+from teacherstudent.tying.tree_view import describe, show
 
 PHONES = ("SIL", "AE0_B", "AE1_B", "K_B", "K_E", "M_B", "N_B", "T")
 QUESTIONS = ((6, 7), (3,), (0, 1), (2, 3, 4, 6, 7), (0,), (4, 5), (1,), (4, 6))

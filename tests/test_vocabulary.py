@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.vocabulary import (
+from teacherstudent.synthesis.vocabulary import (
     CARRIER_ROUNDS,
     OFFSET,
     SENTENCE_WORDS,

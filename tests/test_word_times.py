@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from tiny_speech import LANGUAGE_MODEL, LEXICON, random_posteriors, sentence_score, tiny_inventory
 
-from teacherstudent.decode import Decoder
-from teacherstudent.graph import SILENCE_PROBABILITY, Graph
-from teacherstudent.language_model import BEGIN, END
-from teacherstudent.lexicon import SILENCE
-from teacherstudent.word_times import SILENT, Segment, WordAligner
+from teacherstudent.data.lexicon import SILENCE
+from teacherstudent.decoding.decode import Decoder
+from teacherstudent.decoding.graph import SILENCE_PROBABILITY, Graph
+from teacherstudent.decoding.language_model import BEGIN, END
+from teacherstudent.decoding.word_times import SILENT, Segment, WordAligner
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from teacherstudent.config import Distributed, Optimisation
 from teacherstudent.distributed import Communicator, connect, in_process
-from teacherstudent.workers import METHODS, make_optimizer, run_workers
+from teacherstudent.training.workers import METHODS, make_optimizer, run_workers
 
 
 def test_every_method_of_the_configuration_makes_an_optimizer_with_its_settings() -> None:

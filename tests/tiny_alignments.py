@@ -12,10 +12,10 @@ from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from lhotse.supervision import AlignmentItem
 
 from teacherstudent.config import Config, Data
+from teacherstudent.data.features import num_stacked_frames
+from teacherstudent.data.manifests import LABELLED_PARTS
+from teacherstudent.data.packed import PackedWriter, shard_path
 from teacherstudent.experiment import Experiment
-from teacherstudent.features import num_stacked_frames
-from teacherstudent.manifests import LABELLED_PARTS
-from teacherstudent.packed import PackedWriter, shard_path
 
 PHONES = ("SIL", "A", "B", "K")  # Kaldi's 1, 2, 3, 4
 LEXICON = "ab A B\nba B A\nka K A\na A\n"

@@ -10,8 +10,8 @@ from lhotse.audio import AudioSource
 from lhotse.utils import fastcopy
 
 from teacherstudent.config import Conditions, Config, Data, Features
+from teacherstudent.data.manifests import PARTS
 from teacherstudent.experiment import Experiment
-from teacherstudent.manifests import PARTS
 
 RATE = 16000
 SIZES = {"human": [2, 1], "unlabelled": [1, 2], "dev": [1], "test": [1]}  # cuts in each shard

@@ -6,10 +6,10 @@ import math
 import numpy as np
 
 from teacherstudent.config import Senones
-from teacherstudent.graph import SILENCE_PROBABILITY
-from teacherstudent.language_model import BEGIN, END, estimate_bigram
-from teacherstudent.lexicon import SILENCE, Lexicon
-from teacherstudent.senones import Statistics, build
+from teacherstudent.data.lexicon import SILENCE, Lexicon
+from teacherstudent.decoding.graph import SILENCE_PROBABILITY
+from teacherstudent.decoding.language_model import BEGIN, END, estimate_bigram
+from teacherstudent.tying.senones import Statistics, build
 
 # two and too sound alike, to begins both ways of tomb, and tomb has two pronunciations
 LEXICON = Lexicon(

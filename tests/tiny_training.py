@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from teacherstudent.batches import Source
 from teacherstudent.config import Network, Optimisation, Schedule
-from teacherstudent.features import Normalisation
-from teacherstudent.schedule import MACHINE, Plan
-from teacherstudent.train import Training
+from teacherstudent.data.features import Normalisation
+from teacherstudent.training.batches import Source
+from teacherstudent.training.schedule import MACHINE, Plan
+from teacherstudent.training.train import Training
 
 NUM_SENONES, NUM_FEATURES = 5, 4
 STEPS, VALIDATE_EVERY, BLOCK_STEPS = 23, 3, 4  # checkpoints between two lines of the log, and inside blocks

@@ -1,0 +1,1 @@
+"""From audio to features: importing data, the `prepare` step, reading features, packed shards."""

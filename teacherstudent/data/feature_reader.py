@@ -1,0 +1,221 @@
+"""The features of a part, shard by shard, as a network reads them: stored or computed from the audio, normalised.
+
+Whether they were stored or are computed at every use changes nothing about their values: both are in half precision.
+
+# N utterances, T frames of 30 ms, F features
+"""
+
+import functools
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from teacherstudent.config import Conditions, Features
+from teacherstudent.data.dataset import audio_folder, prepared_shards
+from teacherstudent.data.extraction import Extractor, Unusable, read_cut
+from teacherstudent.data.features import Normalisation, normalise_by, normalise_causally
+from teacherstudent.data.packed import Arrays, PackedShard, open_shards
+from teacherstudent.experiment import Experiment
+
+_SHARDS_IN_MEMORY = 32  # manifests that a process keeps: twice the shards that a source shuffles together
+
+
+class ReadableShard(Protocol):
+    """One shard of features: {"values": (T, F)} by utterance, or in order."""
+
+    path: Path
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    @property
+    def num_frames(self) -> np.ndarray: ...
+    def __getitem__(self, utterance_id: str) -> Arrays: ...
+    def __iter__(self) -> Iterator[tuple[str, Arrays]]: ...
+
+
+class Normaliser(Protocol):
+    def __call__(self, utterance_id: str, values: np.ndarray) -> np.ndarray:
+        """(T, F) -> (T, F)."""
+
+
+def read_normalisation(experiment: Experiment) -> Normalisation:
+    path = experiment.path("features", "normalisation.json")
+    return Normalisation.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def open_features(
+    experiment: Experiment, part: str, normalisation: Literal["global", "speaker", "causal"] = "global"
+) -> list["FeatureShard"]:
+    """The shards of a part, in order. normalisation: that of the network that will read them.
+
+    "global" leaves the values alone: the network itself normalises by the mean and deviation of all data. "speaker"
+    and "causal" come before that, and keep it right (see normalise_by).
+    """
+    folder = experiment.path("features", part)
+    config = experiment.config
+    raw: Sequence[ReadableShard]
+    if config.features.storage == "stored":
+        raw = open_shards(folder, "features")
+    else:
+        audio = audio_folder(experiment, part)
+        paths = prepared_shards(experiment, part)
+        raw = [AudioShard(path, audio, config.features, config.conditions) for path in paths]
+    if normalisation == "global":
+        return [FeatureShard(shard) for shard in raw]
+    overall = read_normalisation(experiment)
+    if normalisation == "causal":
+        return [FeatureShard(shard, Causal(overall)) for shard in raw]
+    _warn_unknown_speakers(experiment, part)
+    speakers = PackedShard(folder / "speakers.h5")
+    return [
+        FeatureShard(shard, BySpeaker(folder / f"index.{number:06d}.json", speakers, overall))
+        for number, shard in enumerate(raw)
+    ]
+
+
+class FeatureShard:
+    """One shard: by utterance, or in order. May be pickled."""
+
+    def __init__(self, raw: ReadableShard, normaliser: Normaliser | None = None) -> None:
+        self._raw, self._normaliser = raw, normaliser
+        self.path = raw.path
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self._raw.ids
+
+    @property
+    def num_frames(self) -> np.ndarray:
+        """(N,) int64 frames of each utterance."""
+        return np.asarray(self._raw.num_frames, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, utterance_id: str) -> Arrays:
+        """{"values": (T, F)}: float16 as extracted, float32 when normalised by speaker or causally."""
+        return self._normalise(utterance_id, self._raw[utterance_id])
+
+    def __iter__(self) -> Iterator[tuple[str, Arrays]]:
+        """Utterance ids with their arrays, in order."""
+        return ((name, self._normalise(name, arrays)) for name, arrays in self._raw)
+
+    def _normalise(self, utterance_id: str, arrays: Arrays) -> Arrays:
+        if self._normaliser is None:
+            return arrays
+        return {"values": self._normaliser(utterance_id, arrays["values"])}
+
+
+class AudioShard:
+    """Features computed from the audio of a prepared shard's cuts, at every use."""
+
+    def __init__(self, cuts: Path, audio: Path, settings: Features, conditions: Conditions) -> None:
+        self.path, self._audio = cuts, audio
+        self._settings, self._conditions = settings, conditions
+        self._index: dict[str, Any] | None = None
+
+    def __reduce__(self) -> tuple[type["AudioShard"], tuple[Any, ...]]:
+        return type(self), (self.path, self._audio, self._settings, self._conditions)
+
+    def _read_index(self) -> dict[str, Any]:
+        if self._index is None:
+            self._index = read_index(index_path(self.path))
+        return self._index
+
+    @property
+    def ids(self) -> Sequence[str]:
+        ids: list[str] = self._read_index()["ids"]
+        return ids
+
+    @property
+    def num_frames(self) -> np.ndarray:
+        return np.asarray(self._read_index()["num_frames"], np.int64)
+
+    def __getitem__(self, utterance_id: str) -> Arrays:
+        lines = _read_lines(self.path, self.path.stat().st_mtime_ns)
+        if utterance_id not in lines:
+            raise KeyError(f"{self.path} has no utterance {utterance_id!r}")
+        extractor = _make_extractor(self._settings, self._conditions)
+        try:
+            return {"values": extractor.extract(read_cut(json.loads(lines[utterance_id])), self._audio)}
+        except Unusable as error:
+            raise ValueError(
+                f"{self.path}: utterance {utterance_id!r}: {error}. It could be read when the features were "
+                "prepared: bring the audio back, or prepare anew"
+            ) from None
+
+    def __iter__(self) -> Iterator[tuple[str, Arrays]]:
+        return ((name, self[name]) for name in self.ids)
+
+
+@functools.lru_cache(maxsize=_SHARDS_IN_MEMORY)
+def _read_lines(path: Path, _changed: int) -> dict[str, bytes]:
+    """The lines of a shard of prepared cuts by utterance, still text: few of them are used at a time."""
+    ids = read_index(index_path(path))["ids"]
+    return dict(zip(ids, path.read_bytes().splitlines(), strict=True))
+
+
+@functools.cache
+def _make_extractor(settings: Features, conditions: Conditions) -> Extractor:
+    return Extractor(settings, conditions)
+
+
+def index_path(cuts: Path) -> Path:
+    """cuts.000003.jsonl -> index.000003.json: ids, lengths and speakers of a prepared shard."""
+    return cuts.with_name(cuts.name.replace("cuts.", "index.", 1).removesuffix("l"))
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Raises ValueError where `prepare` has not written it."""
+    if not path.is_file():
+        raise ValueError(f"no {path}: run `prepare` again, it makes what is missing")
+    index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return index
+
+
+class Causal:
+    """By what was heard of the utterance so far, as a stream has to."""
+
+    def __init__(self, overall: Normalisation) -> None:
+        self._overall = overall
+
+    def __call__(self, utterance_id: str, values: np.ndarray) -> np.ndarray:
+        return normalise_causally(values, self._overall)
+
+
+class BySpeaker:
+    """By all that the speaker said in this part; where nobody is named, by the utterance itself."""
+
+    def __init__(self, index: Path, speakers: PackedShard, overall: Normalisation) -> None:
+        self._index, self._speakers, self._overall = index, speakers, overall
+        self._speaker_of: dict[str, str | None] | None = None
+
+    def __reduce__(self) -> tuple[type["BySpeaker"], tuple[Any, ...]]:
+        return type(self), (self._index, self._speakers, self._overall)
+
+    def __call__(self, utterance_id: str, values: np.ndarray) -> np.ndarray:
+        if self._speaker_of is None:
+            index = read_index(self._index)
+            self._speaker_of = dict(zip(index["ids"], index["speakers"], strict=True))
+        speaker = self._speaker_of[utterance_id]
+        if speaker is None:
+            own = Normalisation.of(values)
+        else:
+            arrays = self._speakers[speaker]
+            own = Normalisation(arrays["mean"][0], arrays["deviation"][0])
+        return normalise_by(values, own, self._overall)
+
+
+def _warn_unknown_speakers(experiment: Experiment, part: str) -> None:
+    report = json.loads(experiment.path("features", "report.json").read_text(encoding="utf-8"))
+    unknown, total = report[part]["without_speaker"], report[part]["utterances"] + report[part]["copies"]
+    if unknown:
+        warnings.warn(
+            f'normalisation = "speaker": {unknown} of {total} utterances of the part {part!r} name no speaker, so '
+            "each is normalised by itself: give the cuts' supervisions a speaker",
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""From posteriors to words: graphs, search, lattices, scoring; the `evaluate` step."""

@@ -1,0 +1,1 @@
+"""The `report` step: one HTML page."""

@@ -1,0 +1,1 @@
+"""Networks, losses, schedules and batches; the `teacher`, `student` and `label` steps."""

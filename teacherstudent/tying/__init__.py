@@ -1,0 +1,1 @@
+"""From phones to senones: the decision tree, the `senones` step, Kaldi's trees and topologies."""
