@@ -127,7 +127,7 @@ class _Sums:
 def align(experiment: Experiment) -> list[Path]:
     """Write align/PART/phones.*.h5 for the labelled parts, with align/skipped.jsonl and align/report.json.
 
-    Shard by shard in align.jobs processes; shards that are there are left alone. Raises ValueError when more than
+    What the flat start wrote is recorded with them. Shard by shard in align.jobs processes; shards that are there are left alone. Raises ValueError when more than
     align.max_dropped_share of a part has no alignment, saying why most of it has none.
     """
     sources = open_sources(experiment)
@@ -145,7 +145,8 @@ def align(experiment: Experiment) -> list[Path]:
     shutil.rmtree(experiment.path("align", "index"), ignore_errors=True)
     reports = _report(experiment, described)
     outputs = [_output(experiment, *shard) for shard in shards]
-    return [*outputs, *map(_summary, outputs), *reports]
+    models = sorted(experiment.path("align", "flat-start").rglob("[!.]*.*"))
+    return [*outputs, *map(_summary, outputs), *reports, *models]
 
 
 def _shard_seconds(experiment: Experiment, part: str) -> list[float]:
