@@ -26,9 +26,7 @@ _TRAINING_STEPS = ("teacher", "student", "run")
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after an error that the user can mend."""
-    words = sys.argv[1:] if arguments is None else arguments
-    # Options last, wherever they stood: argparse takes no override after an option.
-    options = _parser().parse_args(sorted(words, key=lambda word: word.startswith("--")))
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return _store(options) if options.step == "store" else _run(options)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -39,6 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("teacherstudent: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         return 130
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Overrides may stand anywhere; argparse itself takes none after an option."""
+    if words[:1] == ["store"]:
+        return _parser().parse_args(words)
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    options = _parser().parse_args([word for word in words if word not in overrides])
+    options.overrides += overrides
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

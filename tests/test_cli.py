@@ -143,6 +143,19 @@ def test_a_dry_run_prints_parameters_and_schedule_and_starts_nothing(
     assert not (tmp_path / "exp").exists()
 
 
+def test_the_tree_of_a_phone_is_drawn_and_kaldis_files_are_written_wherever_the_options_stand(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_experiment: Path
+) -> None:
+    folder = f"folder={tiny_experiment}"
+    assert cli.main(["senones", str(TINY), "--show", "AE", folder]) == 0
+    drawn = capsys.readouterr().out
+    assert drawn.startswith("AE, first frame")
+    assert cli.main(["senones", "--show", "AE", str(TINY), folder, "--kaldi", str(tmp_path / "kaldi")]) == 0
+    assert capsys.readouterr().out.startswith(drawn)
+    assert {path.name for path in (tmp_path / "kaldi").iterdir()} == {"tree", "topo", "phones.txt"}
+    assert "nearest is 'AE'" in error_of(capsys, "senones", TINY, "--show", "AEE", folder)
+
+
 def test_the_steps_of_the_help_are_those_that_run() -> None:
     done = teacherstudent("--help")
     assert done.returncode == 0

@@ -62,7 +62,7 @@ def dry_run(words: list[str], folder: Path) -> None:
 
 def dry_run_step(words: list[str], folder: Path) -> None:
     """The settings are those of the checkout, or those beside the paper, which its reader has copied."""
-    options = cli._parser().parse_args(words)
+    options = cli.parse(words)
     if options.step != "store":
         settings = next(path for path in (ROOT / options.config, folder / options.config) if path.is_file())
         resolved = config.load(settings, options.overrides)

@@ -127,8 +127,9 @@ class _Sums:
 def align(experiment: Experiment) -> list[Path]:
     """Write align/PART/phones.*.h5 for the labelled parts, with align/skipped.jsonl and align/report.json.
 
-    What the flat start wrote is recorded with them. Shard by shard in align.jobs processes; shards that are there are left alone. Raises ValueError when more than
-    align.max_dropped_share of a part has no alignment, saying why most of it has none.
+    What the flat start wrote is recorded with them. Shard by shard in align.jobs processes; shards that are there are
+    left alone. Raises ValueError when more than align.max_dropped_share of a part has no alignment, saying why most of
+    it has none.
     """
     sources = open_sources(experiment)
     shards = [
