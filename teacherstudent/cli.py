@@ -2,9 +2,12 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
+import warnings
 from pathlib import Path
+from typing import Any
 
 from teacherstudent import config as configuration
 from teacherstudent.config import Config
@@ -27,6 +30,7 @@ _TRAINING_STEPS = ("teacher", "student", "run")
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after an error that the user can mend."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    warnings.formatwarning = _format_warning
     try:
         return _store(options) if options.step == "store" else _run(options)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -39,11 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _format_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    """Ours are sentences for users; where in the program they come from is not for them."""
+    kind = "" if category is UserWarning else f"{category.__name__}: "
+    return f"teacherstudent: warning: {kind}{message}\n"
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """Overrides may stand anywhere; argparse itself takes none after an option."""
     if words[:1] == ["store"]:
         return _parser().parse_args(words)
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    overrides = [word for word in words if re.match(r"\w+(\.[\w-]+)*=", word)]
     options = _parser().parse_args([word for word in words if word not in overrides])
     options.overrides += overrides
     return options

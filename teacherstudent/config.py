@@ -298,7 +298,7 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        marked = self.corpus.phones == "position-stress" and not self.data.folder
+        marked = self.corpus.phones == "position-stress" and not (self.data.folder or self.data.human)
         needed = "false: corpus.phones = 'position-stress' marks them already"
         require(not (self.data.word_positions and marked), "data.word_positions", True, needed)
 

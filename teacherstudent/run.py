@@ -16,7 +16,7 @@ from teacherstudent.alignment.align import align
 from teacherstudent.config import Network
 from teacherstudent.data.features import STACKED_FRAMES
 from teacherstudent.data.prepare import prepare
-from teacherstudent.data.sources import brings_data, import_data
+from teacherstudent.data.sources import brings_data, find_texts, import_data
 from teacherstudent.decoding.evaluate import evaluate
 from teacherstudent.distributed import Communicator
 from teacherstudent.experiment import Experiment
@@ -63,11 +63,12 @@ def find_steps(experiment: Experiment, name: str) -> list[Step]:
             (),
             ("corpus",),
             alone=_corpus,
-            always=brings_data(experiment.config) or bool(_models(experiment)),
+            always=brings_data(experiment.config),
         ),
+        Step("resources", (), (), alone=_resources, always=True),
         Step("prepare", ("corpus",), ("features",), alone=prepare),
-        Step("align", ("corpus", "prepare"), ("align",), alone=align),
-        Step("senones", ("prepare", "align"), ("senones",), alone=tie_senones),
+        Step("align", ("corpus", "resources", "prepare"), ("align",), alone=align),
+        Step("senones", ("resources", "prepare", "align"), ("senones",), alone=tie_senones),
         Step("teacher", labelled, ("teacher",), together=train_teacher, network=teacher.network),
         Step("label", ("prepare", "teacher"), ("targets",), together=label),
         *(
@@ -81,16 +82,16 @@ def find_steps(experiment: Experiment, name: str) -> list[Step]:
             for student_name, student in students.items()
             if only in ("", student_name)
         ),
-        Step("evaluate", ("corpus", *labelled, *trained), ("evaluate",), alone=evaluate),
+        Step("evaluate", ("corpus", "resources", *labelled, *trained), ("evaluate",), alone=evaluate),
         Step("report", (), (), alone=_report, always=True),
     ]
     if name == "run":
         return [step for step in steps if not only or step.record not in ("evaluate", "report")]
     chosen = [step for step in steps if step.record == name or step.record.startswith(f"{name}-")]
-    looked_at = [
-        step for step in steps if step.record == "corpus" and step.always and name not in ("corpus", "report")
-    ]
-    return looked_at + chosen  # data that were brought along may have changed since the last step
+    if name in ("corpus", "report"):
+        return chosen
+    looked_at = [step for step in steps if step.always and step.record != "report"]
+    return looked_at + chosen  # what was brought along may have changed since the last step
 
 
 def run_steps(experiment: Experiment, comm: Communicator, steps: Sequence[Step]) -> None:
@@ -164,16 +165,17 @@ def _corpus(experiment: Experiment) -> list[Path]:
     """Make speech, unless the experiment brings data along."""
     config, folder = experiment.config, experiment.data_folder
     if brings_data(config):
-        return import_data(experiment) + _models(experiment)
+        return import_data(experiment)
     make_corpus(folder, config.corpus, config.features.sampling_rate, config.seed)
-    made = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    return made + _models(experiment)
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
-def _models(experiment: Experiment) -> list[Path]:
-    """Alignments, questions and a tree that were brought along: recorded with the data, so that a change is noticed."""
+def _resources(experiment: Experiment) -> list[Path]:
+    """All else that was brought along, recorded apart from the speech: a new word in the lexicon changes no feature."""
     config = experiment.config
-    found = [Path(config.senones.questions)] if config.senones.questions else []
+    named = [config.data.lexicon, config.data.language_model]
+    found = find_texts(experiment) if brings_data(config) else [Path(name) for name in named if name]
+    found += [Path(config.senones.questions)] if config.senones.questions else []
     for folder in filter(None, (config.align.folder, config.senones.kaldi_tree)):
         places = os.walk(folder, followlinks=True)
         found += [

@@ -39,7 +39,9 @@ class Range:
 
     def __str__(self) -> str:
         if math.isinf(self.high):
-            return "finite" if math.isinf(self.low) else f"{'>' if self.above else '>='} {self.low:g}"
+            return (
+                "finite" if math.isinf(self.low) else f"finite and {'>' if self.above else '>='} {self.low:g}"
+            )
         return f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
 
 
@@ -127,7 +129,10 @@ def build(section: Any, tables: Mapping[str, Any], where: str) -> Any:
         else:
             changed[key] = _checked(value, kinds[key], name)
     _check_ranges(section, changed, where)
-    return dataclasses.replace(section, **changed)
+    try:
+        return dataclasses.replace(section, **changed)
+    except ValueError as error:  # a section knows its own name only
+        raise ValueError(str(error).replace(f"{type(section).__name__.lower()}.", f"{where}.", 1)) from None
 
 
 def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

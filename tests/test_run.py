@@ -163,3 +163,20 @@ def test_a_run_killed_in_the_midst_of_its_steps_ends_as_an_undisturbed_one(
     done = teacherstudent("run", TINY, f"folder={tmp_path / 'killed'}")
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "killed") == hashes(tiny_experiment)
+
+
+def test_a_word_more_in_the_lexicon_is_noticed_and_changes_no_feature(
+    tmp_path: Path, tiny_experiment: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_experiment / "corpus", tmp_path / "data"))
+    settings = (TINY, f"folder={tmp_path / 'exp'}", f"data.folder={data}")
+    for step in ("corpus", "prepare", "align", "senones"):
+        assert teacherstudent(step, *settings).returncode == 0
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "exp" / "features").rglob("*.h5")}
+    with (data / "lexicon.txt").open("a") as lexicon:
+        lexicon.write("zebra Z EH B R AX\n")
+    refused = teacherstudent("senones", *settings)
+    assert refused.returncode == 2
+    assert "'align' is out of date" in refused.stderr and "resources changed" in refused.stderr
+    assert teacherstudent("align", *settings).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in made} == made

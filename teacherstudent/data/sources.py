@@ -61,11 +61,10 @@ def brings_data(config: Config) -> bool:
 
 
 def import_data(experiment: Experiment) -> list[Path]:
-    """Import the parts that are not sharded cuts; returns all manifests and texts that the experiment reads.
+    """Import the parts that are not sharded cuts; returns all manifests that the experiment reads.
 
     Raises ValueError, before anything is written, for parts and files that are missing or of no known kind.
     """
-    data = experiment.config.data
     folders = {}
     for part in PARTS:
         folder = brought_folder(experiment, part)
@@ -76,20 +75,8 @@ def import_data(experiment: Experiment) -> list[Path]:
             )
         folders[part] = folder
     kinds = {part: recognise(folder, part) for part, folder in folders.items()}
-    texts = [lexicon_path(experiment)]
-    if data.language_model:
-        texts.append(Path(data.language_model))
-    elif data.folder:
-        texts += [Path(data.folder, name) for name in _LANGUAGE_MODELS if Path(data.folder, name).is_file()][
-            :1
-        ]
-    for path in texts:
-        if not path.is_file():
-            raise ValueError(
-                f"no {path}: data that are brought along need a lexicon, `WORD PHONE PHONE …` a line: lexicon.txt in "
-                "data.folder, or data.lexicon; and data.language_model where it is set"
-            )
-    outputs = texts
+    find_texts(experiment)
+    outputs: list[Path] = []
     for part, folder in folders.items():
         made = experiment.path("corpus", part)
         if kinds[part] == "cuts":
@@ -99,6 +86,23 @@ def import_data(experiment: Experiment) -> list[Path]:
             outputs += [made / "source.json", made / "skipped.jsonl"]
         outputs += source_shards(experiment, part)
     return outputs
+
+
+def find_texts(experiment: Experiment) -> list[Path]:
+    """The lexicon and the language model, if one was brought along. Raises ValueError for one that is not there."""
+    data = experiment.config.data
+    texts = [lexicon_path(experiment)]
+    if data.language_model:
+        texts.append(Path(data.language_model))
+    elif data.folder:
+        texts += [path for name in _LANGUAGE_MODELS if (path := Path(data.folder, name)).is_file()][:1]
+    for path in texts:
+        if not path.is_file():
+            raise ValueError(
+                f"no {path}: data that are brought along need a lexicon, `WORD PHONE PHONE …` a line: lexicon.txt in "
+                "data.folder, or data.lexicon; and data.language_model where it is set"
+            )
+    return texts
 
 
 def recognise(folder: Path, part: str) -> Kind:
