@@ -143,7 +143,7 @@ class Align(Section):
 class Senones(Section):
     """Triphone states tied by a decision tree. See senones.py."""
 
-    target: Count = 3000
+    target: Count = 3000  # leaves of the tree; where merging some loses nothing, fewer senones stay
     min_count: Count = 50  # frames that every senone must have seen
     min_gain: NotNegative = 50.0  # log-likelihood a split must bring
     shared_roots: Literal["phone", "base"] = "base"  # base: AE1_B and AE0_E grow from the roots of AE

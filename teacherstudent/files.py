@@ -16,6 +16,21 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def walk_files(folder: Path) -> list[Path]:
+    """Every file at any depth but hidden ones, sorted. Links to folders are followed, each folder once."""
+    found: list[Path] = []
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:  # a link to a folder above it would lead here for ever
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()  # the order in which they are entered
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old contents or the new, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -24,5 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, contents: Any) -> None:
-    """In the order given, which the caller makes the same every time."""
-    write_text(path, json.dumps(contents, indent=1) + "\n")
+    """In the order given, which the caller makes the same every time. Raises ValueError for numbers that are not
+    finite, which JSON cannot hold: None says that there is none.
+    """
+    write_text(path, json.dumps(contents, indent=1, allow_nan=False) + "\n")

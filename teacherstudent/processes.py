@@ -10,12 +10,13 @@ from typing import Any, Self
 
 _GUARD = 'a script that starts processes needs `if __name__ == "__main__":` around what it does'
 _function: Callable[[Any], Any] | None = None  # of this process, where it is one of a ProcessMap's
+_failure: Exception | None = None  # why it could not be made
 
 
 class ProcessMap:
     """function(item), where function = make(*arguments) is made once in each of `jobs` processes; a context manager.
 
-    jobs = 1 works in this process. What function raises is raised here. Raises ValueError when a script has no
+    jobs = 1 works in this process. What make or function raises is raised here. Raises ValueError when a script has no
     main guard, and when a process dies.
     """
 
@@ -69,10 +70,15 @@ def map_in_processes(make: tuple[Any, ...], items: Iterable[Any], jobs: int) -> 
 
 
 def _start(make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
-    global _function
-    _function = make(*arguments)
+    global _function, _failure
+    try:
+        _function = make(*arguments)
+    except Exception as error:  # raised here, it would only break the pool, without a reason
+        _failure = error
 
 
 def _call(item: Any) -> Any:
+    if _failure is not None:
+        raise _failure
     assert _function is not None
     return _function(item)

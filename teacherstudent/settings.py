@@ -39,9 +39,8 @@ class Range:
 
     def __str__(self) -> str:
         if math.isinf(self.high):
-            return (
-                "finite" if math.isinf(self.low) else f"finite and {'>' if self.above else '>='} {self.low:g}"
-            )
+            low = f"{'>' if self.above else '>='} {self.low:g}"
+            return "finite" if math.isinf(self.low) else f"{low}, and finite"
         return f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
 
 

@@ -89,7 +89,7 @@ def write_language_model(path: Path) -> None:
     sentences = [" ".join(rng.choice(list(PRONUNCIATIONS), 6)) for _ in range(200)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write(estimate_bigram(sentences, [*PRONUNCIATIONS, "<UNK>"]).to_arpa())
+        file.write(estimate_bigram([*sentences, "<UNK>"], PRONUNCIATIONS).to_arpa())
 
 
 # -- LibriSpeech ------------------------------------------------------------------------------------------------

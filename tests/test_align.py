@@ -41,6 +41,7 @@ WORDS = {  # over the runs
     "three": [(1, 3)],
     "four": [(1, 3), (3, 4)],
 }
+TEXTS = {"one": "ab ba", "two": "a a a ka", "three": "ka", "four": "ka a"}
 
 
 def samples_of(name: str) -> int:
@@ -60,11 +61,16 @@ def truth(name: str) -> list[tuple[str, float, float]]:
 
 def words_of(name: str) -> list[tuple[str, float, float]]:
     segments = truth(name)
-    return [("word", segments[first][1], segments[last - 1][2]) for first, last in WORDS[name]]
+    spans = [(segments[first][1], segments[last - 1][2]) for first, last in WORDS[name]]
+    return [(word, *span) for word, span in zip(TEXTS[name].split(), spans, strict=True)]
+
+
+def cut_of(name: str, *items, **keywords):
+    return make_cut(name, samples_of(name), *items, **{"text": TEXTS[name]} | keywords)
 
 
 def cuts(**keywords):
-    return [[make_cut(name, samples_of(name), **keywords) for name in names] for names in SHARDS]
+    return [[cut_of(name, **keywords) for name in names] for names in SHARDS]
 
 
 SHARDS = (("one", "two"), ("three", "four"))
@@ -163,7 +169,7 @@ def by_source(tmp_path_factory):
     sources |= {"textgrid": write_textgrids(folder / "textgrid"), "cuts": {"source": "cuts"}}
     found = {}
     for name, settings in sources.items():
-        shards = [[make_cut(name, samples_of(name), truth(name)) for name in names] for names in SHARDS]
+        shards = [[cut_of(name, truth(name)) for name in names] for names in SHARDS]
         experiment = make_experiment(folder / f"experiment-{name}", shards, **settings)
         align(experiment)
         found[name] = experiment
@@ -201,7 +207,7 @@ def test_the_report_tells_coverage_and_how_far_boundaries_moved(by_source) -> No
 
 
 def test_a_forgotten_convention_shows_in_the_report(tmp_path) -> None:
-    shards = [[make_cut(name, samples_of(name), truth(name)) for name in names] for names in SHARDS]
+    shards = [[cut_of(name, truth(name)) for name in names] for names in SHARDS]
     settings = write_kaldi(tmp_path / "ali")
     experiment = make_experiment(tmp_path / "experiment", shards, **settings, snip_edges=False)
     align(experiment)
@@ -209,7 +215,7 @@ def test_a_forgotten_convention_shows_in_the_report(tmp_path) -> None:
 
 
 def test_what_a_chain_model_aligned_every_30_ms_keeps_its_frames(tmp_path) -> None:
-    frames = {"one": [(SIL, 4), (A, 1), (B, 3), (SIL, 5)], "two": [(A, 1), (A, 1), (K, 2)]}
+    frames = {"one": [(SIL, 4), (A, 1), (B, 3), (SIL, 5)], "two": [(A, 1), (A, 1), (K, 2), (A, 1)]}
     folder = tmp_path / "ali"
     write_kaldi(folder, "chain", names=())
     write_archive(
@@ -217,7 +223,11 @@ def test_what_a_chain_model_aligned_every_30_ms_keeps_its_frames(tmp_path) -> No
         {name: spell(NEVER_LOOPED["chain"], runs, True) for name, runs in frames.items()},
         True,
     )
-    made = [make_cut(name, 480 * sum(count for _, count in runs) + 40) for name, runs in frames.items()]
+    texts = {"one": "ab", "two": "a a ka"}
+    made = [
+        make_cut(name, 480 * sum(count for _, count in runs) + 40, text=texts[name])
+        for name, runs in frames.items()
+    ]
     experiment = make_experiment(
         tmp_path / "experiment",
         [made, made[:0]],
@@ -238,7 +248,7 @@ def test_unmarked_phones_get_their_place_in_the_word_from_the_words(source, tmp_
         "textgrid": lambda: write_textgrids(tmp_path / "grids"),
     }[source]()
     names = ("one", "two", "four")
-    made = [make_cut(name, samples_of(name), truth(name), words_of(name)) for name in names]
+    made = [cut_of(name, truth(name), words_of(name)) for name in names]
     experiment = make_experiment(tmp_path / "experiment", [made, []], word_positions=True, **settings)
     align(experiment)
     shard = PackedShard(shard_path(experiment.path("align", "test"), "phones", 0))
@@ -295,10 +305,10 @@ def test_pdf_ids_without_their_tree_are_refused(tmp_path) -> None:
 
 
 def test_a_copy_has_the_phones_of_its_original_at_its_speed(tmp_path) -> None:
-    original = make_cut("one", samples_of("one"))
-    noisy = fastcopy(original, id="one_snr10", custom={"original": "one", "condition": "snr10"})
+    original = cut_of("one")
+    noisy = fastcopy(original, id="one_snr10", custom={"copy_of": {"id": "one"}})
     fast = original.perturb_speed(1.25, affix_id=False)
-    fast = fastcopy(fast, id="one_fast", custom={"original": "one", "condition": "speed", "speed": 1.25})
+    fast = fastcopy(fast, id="one_fast", custom={"copy_of": {"id": "one", "speed": 1.25}})
     settings = write_kaldi(tmp_path / "ali")
     experiment = make_experiment(tmp_path / "experiment", [[original, noisy, fast], []], **settings)
     align(experiment)
@@ -313,8 +323,8 @@ def test_a_copy_has_the_phones_of_its_original_at_its_speed(tmp_path) -> None:
 
 def test_a_copy_of_what_has_no_alignment_has_none_for_the_same_reason(tmp_path) -> None:
     longer = make_cut("one", samples_of("one") + 3200)
-    copy = fastcopy(longer, id="one_snr10", custom={"original": "one", "condition": "snr10"})
-    orphan = fastcopy(longer, id="two_snr10", custom={"original": "two", "condition": "snr10"})
+    copy = fastcopy(longer, id="one_snr10", custom={"copy_of": {"id": "one"}})
+    orphan = fastcopy(longer, id="two_snr10", custom={"copy_of": {"id": "two"}})
     settings = write_kaldi(tmp_path / "ali")
     experiment = make_experiment(
         tmp_path / "experiment", [[longer, copy, orphan], []], **settings, max_dropped_share=1.0
@@ -328,9 +338,9 @@ def test_a_copy_of_what_has_no_alignment_has_none_for_the_same_reason(tmp_path) 
 
 
 def test_a_copy_of_the_cuts_own_phones_is_not_scaled_twice(tmp_path) -> None:
-    original = make_cut("one", samples_of("one"), truth("one"))
+    original = cut_of("one", truth("one"))
     fast = original.perturb_speed(1.25, affix_id=False)
-    fast = fastcopy(fast, id="one_fast", custom={"original": "one", "condition": "speed", "speed": 1.25})
+    fast = fastcopy(fast, id="one_fast", custom={"copy_of": {"id": "one", "speed": 1.25}})
     experiment = make_experiment(tmp_path / "experiment", [[original, fast], []])
     align(experiment)
     spoken = [phone for phone in read(experiment)["one_fast"]["phone"] if phone > 1]
@@ -422,7 +432,7 @@ def test_more_than_the_allowed_share_is_an_error_that_says_why(tmp_path) -> None
 
 def test_utterances_that_the_folder_lacks_and_those_of_other_audio_are_listed(tmp_path) -> None:
     longer = make_cut("three", samples_of("three") + 3200)
-    shards = [[make_cut("one", samples_of("one")), make_cut("absent", 16000)], [longer]]
+    shards = [[cut_of("one"), make_cut("absent", 16000)], [longer]]
     settings = write_kaldi(tmp_path / "ali")
     experiment = make_experiment(tmp_path / "experiment", shards, **settings, max_dropped_share=0.7)
     with pytest.warns(UserWarning):
@@ -433,12 +443,144 @@ def test_utterances_that_the_folder_lacks_and_those_of_other_audio_are_listed(tm
     assert report(experiment)["parts"]["human"]["utterances_in_folder"] == 4
 
 
+def other_speech(kind, folder):
+    """What there is under the ids of "one" and "four" is shorter speech than theirs; "two" and "three" are right."""
+    swapped = {"one": [(K, 12), (A, 12)], "four": [(A, 10), (B, 6), (B, 6), (A, 6)]}
+    said = {"one": [("ka", 0.0, 0.24)], "four": [("ab", 0.0, 0.16), ("ba", 0.16, 0.28)]}
+    spans = {
+        name: [(PHONES[phone - 1], *times) for (phone, _), times in
+               zip(runs, itertools.pairwise(np.cumsum([0, *(count for _, count in runs)]) / 100))]
+        for name, runs in swapped.items()
+    }  # fmt: skip
+    if kind == "kaldi":
+        settings = write_kaldi(folder, names=("two", "three"))
+        for name, runs in swapped.items():
+            rest = sum(frames for _, frames in RUNS[name]) - sum(frames for _, frames in runs)
+            ids = spell(NEVER_LOOPED["gmm"], [*runs, (SIL, rest)], True)
+            write_archive(folder / f"ali.{name}.gz", {name: ids}, True)
+    elif kind == "textgrid":
+        settings = write_textgrids(folder)
+        for name in swapped:
+            tiers = {"phones": [(start, end, symbol) for symbol, start, end in spans[name]],
+                     "words": [(start, end, word) for word, start, end in said[name]]}  # fmt: skip
+            write_textgrid(folder / "speaker" / f"{name}.TextGrid", samples_of(name) / SAMPLING_RATE, tiers)
+    else:
+        settings = write_ctm(folder, kaldi=False)
+        for stem, rows in (("phones", spans), ("words", said)):
+            path = folder / f"{stem}.ctm"
+            lines = [line for line in path.read_text().splitlines(True) if line.split()[0] not in swapped]
+            lines += [
+                f"{name} 1 {start} {end - start} {symbol}\n"
+                for name in swapped
+                for symbol, start, end in rows[name]
+            ]
+            path.write_text("".join(lines))
+        if kind == "ctm without words":
+            (folder / "words.ctm").unlink()
+    return settings
+
+
+@pytest.mark.parametrize("kind", ["kaldi", "ctm", "ctm without words", "textgrid"])
+def test_alignments_of_other_speech_of_a_fitting_length_are_listed(kind, tmp_path) -> None:
+    settings = other_speech(kind, tmp_path / "ali")
+    experiment = make_experiment(tmp_path / "experiment", cuts(), **settings, max_dropped_share=0.5)
+    with pytest.warns(UserWarning, match="2 x alignment of other words"):
+        align(experiment)
+    reasons = {row["id"]: row["reason"] for row in skipped(experiment) if row["part"] == "dev"}
+    assert reasons.keys() == {"one", "four"}
+    assert all("'ab ba'" in reasons["one"] and "'ka a'" in reasons["four"] for name in reasons)
+    assert report(experiment)["parts"]["dev"]["spelt_as_in_lexicon"] == 1
+
+
+def test_words_alone_tell_speech_of_the_same_sounds_apart(tmp_path) -> None:
+    settings = write_ctm(tmp_path / "ctm", kaldi=False)
+    path = tmp_path / "ctm" / "words.ctm"
+    path.write_text(path.read_text().replace(" ab\n", " abb\n"))
+    experiment = make_experiment(tmp_path / "experiment", cuts(), **settings, max_dropped_share=0.25)
+    with pytest.warns(UserWarning, match=r"1 x alignment of other words: 'abb ba'.* 'ab ba' \(one\)"):
+        align(experiment)
+
+
+def test_phones_of_another_lexicon_are_taken_and_counted_and_those_of_a_part_are_not_compared(
+    tmp_path,
+) -> None:
+    settings = write_kaldi(tmp_path / "ali", names=("one", "two", "three"))
+    runs = [(SIL, 9), (K, 9), (B, 11), (A, 14), (SIL, 30)]  # "ka a", were it not for B
+    write_archive(tmp_path / "ali" / "ali.9.gz", {"four": spell(NEVER_LOOPED["gmm"], runs, True)}, True)
+    begun = cut_of("three", text="ab ba ab")
+    begun.supervisions[0].start = -0.5  # some of this was said before
+    shards = [[cut_of("one"), cut_of("two")], [begun, cut_of("four")]]
+    experiment = make_experiment(tmp_path / "experiment", shards, **settings)
+    align(experiment)
+    assert list(read(experiment)) == list(RUNS)
+    assert report(experiment)["parts"]["human"]["spelt_as_in_lexicon"] == 0.5
+
+
+def test_users_fields_are_no_conditions(tmp_path) -> None:
+    marked = cut_of("one", original="two", speed=1.25)
+    experiment = make_experiment(tmp_path / "experiment", [[marked], []], **write_kaldi(tmp_path / "ali"))
+    align(experiment)
+    assert read(experiment)["one"]["phone"] == expected("one")
+
+
+def test_a_ctm_and_the_archives_it_was_made_of_have_the_same_times(tmp_path) -> None:
+    """Whatever Kaldi's frames are; with those of 10 ms that are not snipped, the times of a CTM are true."""
+    texts, runs = {"one": "ab ka"}, {"one": [(SIL, 4), (A, 2), (B, 3), (SIL, 2), (K, 2), (A, 4), (SIL, 3)]}
+    for shift, snip_edges in itertools.product((0.01, 0.03), (True, False)):
+        folder = tmp_path / f"{shift}-{snip_edges}"
+        write_kaldi(folder, "chain", names=())
+        write_archive(folder / "ali.1.gz", {"one": spell(NEVER_LOOPED["chain"], runs["one"], True)}, True)
+        edges = np.cumsum([0, *(count for _, count in runs["one"])]) * shift
+        lines = [
+            f"one 1 {start:.2f} {end - start:.2f} {phone}\n"
+            for (phone, _), (start, end) in zip(runs["one"], itertools.pairwise(edges))
+        ]
+        (folder / "phones.ctm").write_text("".join(lines))
+        made = make_cut("one", round(20 * shift * SAMPLING_RATE), text=texts["one"])
+        found, offsets = [], []
+        for source in ("kaldi", "ctm"):
+            settings = {
+                "source": source,
+                "folder": str(folder),
+                "snip_edges": snip_edges,
+                "frame_shift_seconds": shift,
+            }
+            experiment = make_experiment(folder / source, [[made], []], **settings)
+            align(experiment)
+            found.append(read(experiment))
+            offsets.append(report(experiment)["parts"]["human"]["offset_ms"])
+        assert found[0] == found[1]
+        assert (
+            offsets[0]
+            == offsets[1]
+            == {(0.01, True): 7.5, (0.01, False): 0, (0.03, True): -2.5, (0.03, False): -10}[
+                shift, snip_edges
+            ]
+        )
+
+
+def test_pdf_ids_of_a_part_of_the_cut_cannot_be_taken(tmp_path) -> None:
+    inventory = tiny_inventory()
+    export_kaldi(inventory, tmp_path / "tree")
+    write_archive(tmp_path / "ali" / "ali.1.gz", {"one-said": [1] * 69, "two": [2] * 32}, binary=True)
+    half = cut_of("one")
+    half.supervisions[0].duration = 0.69  # and the rest of the cut is nobody's
+    longer = fastcopy(half, duration=1.2, recording=fastcopy(half.recording, duration=1.2, num_samples=19200))
+    experiment = make_experiment(
+        tmp_path / "experiment", [[longer, cut_of("two")], []], senones=Senones(kaldi_tree=str(tmp_path / "tree")),
+        source="kaldi", folder=str(tmp_path / "ali"), max_dropped_share=0.5,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"a gap in an alignment of pdfs: from 0\.69 to 1\.\d+ s"):
+        align(experiment)
+    assert list(read(experiment)) == ["two"]
+
+
 def test_files_may_know_the_supervision_or_the_recording_instead_of_the_cut(tmp_path) -> None:
     folder = tmp_path / "ctm"
     folder.mkdir()
     text = "a-said 1 0.3 0.2 A\nb-rec 1 0.3 0.2 A\nb-rec 1 0.6 0.2 B\n"
     (folder / "all.ctm").write_text(text)
-    later = make_cut("b", 8000, start=0.3)
+    later = make_cut("b", 8000, start=0.3, text="ab")
     experiment = make_experiment(
         tmp_path / "experiment",
         [[make_cut("a", 8000), later], []],
@@ -452,7 +594,7 @@ def test_files_may_know_the_supervision_or_the_recording_instead_of_the_cut(tmp_
     assert found["b"]["phone"] == [A] * 7 + [SIL] * 3 + [B] * 7
 
 
-def test_items_of_cuts_count_from_the_recording_whatever_was_cut_off_or_mixed() -> None:
+def test_items_of_cuts_count_from_the_recording_whatever_was_cut_off() -> None:
     """lhotse shifts supervisions when it cuts, but not their alignment items."""
     whole = make_cut("one", 32000, [("A", 0.0, 0.9), ("B", 0.9, 1.3), ("A", 1.3, 2.0)])
     later = whole.truncate(offset=0.6, duration=1.0)
@@ -461,11 +603,6 @@ def test_items_of_cuts_count_from_the_recording_whatever_was_cut_off_or_mixed() 
     assert segments.phones == ("A", "B", "A")
     assert segments.starts.tolist() == [0.0, 0.2, 0.6]
     assert segments.ends.tolist() == [0.2, 0.6, 0.9]
-    noise = make_cut("noise", 32000)
-    mixed = cut_segments(later.mix(fastcopy(noise, supervisions=[]), snr=10).truncate(duration=0.9))
-    assert mixed.starts.tolist() == [0.0, 0.2, 0.6]
-    after = cut_segments(later.append(later))
-    assert after.starts.tolist() == [0.0, 0.2, 0.6, 0.9, 1.1, 1.5]
 
 
 def contents(experiment) -> dict[str, bytes]:

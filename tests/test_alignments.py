@@ -205,11 +205,13 @@ def test_segments_that_overlap_by_rounding_alone_are_taken() -> None:
 
 
 def test_segments_move_stretch_and_are_cut_off() -> None:
-    segments = PhoneSegments.of([(0.0, 0.2, "A"), (0.2, 0.5, "B"), (0.5, 0.9, "A")], [(0.0, 0.5), (0.5, 0.9)])
+    segments = PhoneSegments.of(
+        [(0.0, 0.2, "A"), (0.2, 0.5, "B"), (0.5, 0.9, "A")], [(0.0, 0.5, "x"), (0.5, 0.8, "y")]
+    )
     inner = segments.within(0.3, 0.4)
     assert (inner.starts.tolist(), inner.ends.tolist(), inner.phones) == ([0.0, 0.2], [0.2, 0.4], ("B", "A"))
-    assert inner.words is not None
-    assert inner.words.round(8).tolist() == [[0.0, 0.2], [0.2, 0.4]]
+    x, y = (0.0, pytest.approx(0.2), ""), (pytest.approx(0.2), 0.4, "y")  # x is mostly cut off
+    assert inner.words == (x, y)
     assert segments.within(-0.1, 2.0).starts.tolist() == [0.1, 0.3, 0.6]
     assert segments.at_speed(1.25).ends.tolist() == [0.16, 0.4, 0.72]
     later = segments.later(0.0075, 0.92)
@@ -239,10 +241,10 @@ def test_spoken_noise_is_a_phone_where_the_lexicon_has_it() -> None:
 def test_marked_phones_are_left_and_unmarked_ones_marked_by_their_words() -> None:
     known = "A_B A_I A_E A_S B_B B_I B_E B_S"
     assert rename("A_B,B_E", known) == "A_B,B_E"
-    assert rename("A,B,A,sil,B", known, [(0.0, 0.3), (0.4, 0.5)]) == "A_B,B_I,A_E,SIL,B_S"
-    assert rename("A,B", known, [(0.0, 0.1), (0.1, 0.2)]) == "A_S,B_S"
+    assert rename("A,B,A,sil,B", known, [(0.0, 0.3, "x"), (0.4, 0.5, "y")]) == "A_B,B_I,A_E,SIL,B_S"
+    assert rename("A,B", known, [(0.0, 0.1, "x"), (0.1, 0.2, "x")]) == "A_S,B_S"
     with pytest.raises(AlignmentError, match=r"phones in no word: B at 0\.1 s"):
-        rename("A,B", known, [(0.0, 0.1)])
+        rename("A,B", known, [(0.0, 0.1, "x")])
     with pytest.raises(AlignmentError, match="without their place in the word"):
         rename("A,B", known)
     with pytest.raises(AlignmentError, match="not in the lexicon: A_B"):  # the lexicon is unmarked
@@ -278,8 +280,29 @@ def test_shifts_say_how_much_later() -> None:
 
 
 def test_values_hold_until_the_next() -> None:
-    starts = np.array([0.0, 0.045, 0.09])
-    assert frame_values(starts, np.array([7, 8, 9], np.int32), 5).tolist() == [7, 8, 8, 9, 9]
+    starts, ends, values = (
+        np.array([0.0, 0.045, 0.09]),
+        np.array([0.045, 0.09, 0.15]),
+        np.array([7, 8, 9], np.int32),
+    )
+    assert frame_values(starts, ends, values, 5).tolist() == [7, 8, 8, 9, 9]
+    assert frame_values(starts + 0.05, ends + 0.04, values, 7).tolist() == [
+        7,
+        7,
+        7,
+        8,
+        8,
+        9,
+        9,
+    ]  # rounded, no more
+
+
+@pytest.mark.parametrize(
+    "starts, ends", [([0.0, 0.2], [0.1, 0.3]), ([0.1, 0.2], [0.2, 0.3]), ([0.0], [0.2]), ([], [])]
+)
+def test_a_gap_between_values_is_refused(starts: list[float], ends: list[float]) -> None:
+    with pytest.raises(AlignmentError, match="a gap in an alignment of pdfs: from"):
+        frame_values(np.array(starts), np.array(ends), np.arange(len(starts), dtype=np.int32), 10)
 
 
 def test_an_index_finds_joins_and_refuses_what_occurs_twice(tmp_path) -> None:

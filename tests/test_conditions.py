@@ -16,7 +16,7 @@ from tiny_audio import RATE, make_cut, write_audio
 from teacherstudent.config import Conditions, Features
 from teacherstudent.data.conditions import Sound, Sounds, apply_condition, make_copies
 from teacherstudent.data.extraction import Extractor, Unusable, choose_audio
-from teacherstudent.data.manifests import speaker_of
+from teacherstudent.data.manifests import original_of, speaker_of
 
 RANDOM = np.random.default_rng(0)
 SPEECH = (0.1 * RANDOM.normal(size=RATE) * np.hanning(RATE)).astype(np.float32)
@@ -67,7 +67,7 @@ def test_noise_is_as_far_below_the_speech_as_was_asked(folder: Path, noise: str,
     )
     assert min(np.abs(part).max() for part in np.array_split(added, 20)) > 0  # nowhere is it missing
     assert copy.custom["condition"] == f"snr{snr_db:g}"
-    assert copy.custom["original"] == "u"
+    assert original_of(copy) == "u"
 
 
 @settings(max_examples=15, deadline=None)
@@ -76,7 +76,7 @@ def test_noise_that_is_long_enough_is_never_repeated(seconds: float, duration: f
     cut = MonoCut("u", 0, duration, 0)
     [copy] = make_copies(cut, Conditions(noise_folder="x"), Sounds((Sound("a", seconds),)), False, seed)
     last = seconds - duration if seconds > duration else seconds
-    assert 0 <= copy.custom["added_noise"]["offset_seconds"] <= last + 5e-4
+    assert 0 <= copy.custom["copy_of"]["added_noise"]["offset_seconds"] <= last + 5e-4
 
 
 def test_reverberated_speech_is_the_convolution_from_the_direct_sound_on_with_the_power_of_the_original(
@@ -103,11 +103,7 @@ def test_a_faster_copy_is_shorter_and_its_alignment_with_it(folder: Path, speed:
     for item, original in zip(copy.supervisions[0].alignment["phone"], phones, strict=True):
         assert item.start == pytest.approx(original.start / speed, abs=1e-3)
         assert item.duration == pytest.approx(original.duration / speed, abs=1e-3)
-    assert (copy.custom["speed"], copy.custom["condition"], copy.custom["original"]) == (
-        speed,
-        f"speed{speed:g}",
-        "u",
-    )
+    assert copy.custom == {"condition": f"speed{speed:g}", "copy_of": {"id": "u", "speed": speed}}
     heard = listen(copy, folder, Conditions())
     assert len(heard) == copy.num_samples
     spectrum = np.abs(np.fft.rfft(heard * np.hanning(len(heard))))
@@ -125,7 +121,7 @@ def test_development_speech_is_there_at_every_ratio_and_training_speech_at_one_t
         every = make_copies(cut, conditions, sounds, True, 0)
         assert [copy.custom["condition"] for copy in every] == ["snr20", "snr10", "snr5"]
         [copy] = make_copies(cut, conditions, sounds, False, 0)
-        drawn.add((copy.custom["condition"], copy.custom["added_noise"]["sound"]))
+        drawn.add((copy.custom["condition"], copy.custom["copy_of"]["added_noise"]["sound"]))
     assert {condition for condition, _ in drawn} == {"snr20", "snr10", "snr5"}
     assert {sound for _, sound in drawn} == {"long.wav", "street/short.flac", "stereo.wav"}
 

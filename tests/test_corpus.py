@@ -1,5 +1,8 @@
 import hashlib
 import json
+import os
+import re
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -306,6 +309,20 @@ def test_a_corpus_that_is_there_is_left_alone_and_another_is_not_mistaken_for_it
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     with pytest.raises(ValueError, match="no corpus of these settings"):
         make_corpus(folder, SETTINGS, RATE, seed=2)
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step, "ACCENTS", ["en-us"])  # enough for a lexicon
+    monkeypatch.setattr(step, "record_background", end_process)
+    with pytest.raises(ValueError, match="a process ended before its work did: too little memory for 2"):
+        make_corpus(tmp_path / "corpus", SETTINGS, RATE, seed=1)
+    assert re.search(r"lexicon: 100%\|.*\| (\d\.\d\d)/\1 h", capsys.readouterr().err)  # what came before it
+
+
+def end_process(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_without_the_synthesiser_the_error_says_what_to_install(

@@ -30,7 +30,7 @@ def test_numbers_are_named_by_phones_txt() -> None:
 
 
 def test_silence_between_words_is_no_word() -> None:
-    assert words_of("u 1 0.5 0.25 to\nu 1 0.75 0.1 <eps>\n") == [(0.5, 0.75)]
+    assert words_of("u 1 0.5 0.25 to\nu 1 0.75 0.1 <eps>\n") == [(0.5, 0.75, "to")]
 
 
 @pytest.mark.parametrize("line", ["u 1 0.0 0.1", "u 1 zero 0.1 A", "u"])
@@ -39,8 +39,16 @@ def test_a_bad_line_is_shown(line) -> None:
         phones_of(f"u 1 0 0.1 A\n{line}\n", {})
 
 
+def test_a_line_ends_with_its_line_feed() -> None:
+    lines = "u 1 0 0.1 A\u2028 0.9\nu 1 0.1 0.1 B\n"
+    assert [symbol for *_, symbol in phones_of(lines, {})] == ["A", "B"]
+
+
 def test_a_file_that_is_no_text_is_named(tmp_path) -> None:
-    for name, contents in (("a.ctm.gz", b"u 1 0 0.1 A\n"), ("a.ctm", b"\xff\xfe\x00")):
+    damaged = bytearray(gzip.compress(b"u 1 0 0.1 A\n", mtime=0))
+    damaged[10] |= 7  # the first block is of a kind that there is not
+    contents_of = {"a.ctm.gz": b"u 1 0 0.1 A\n", "a.ctm": b"\xff\xfe\x00", "b.ctm.gz": bytes(damaged)}
+    for name, contents in contents_of.items():
         (tmp_path / name).write_bytes(contents)
         with pytest.raises(ValueError, match=name):
             list(read_lines([tmp_path / name]))

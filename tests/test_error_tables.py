@@ -1,10 +1,14 @@
 """Word errors by the fields of the cuts."""
 
+import json
+
 import pytest
 from lhotse import MonoCut, SupervisionSegment
 
 from teacherstudent.config import Decode
-from teacherstudent.decoding.error_tables import Utterance, score_system
+from teacherstudent.decoding.error_tables import Utterance, compare_systems, score_system
+from teacherstudent.decoding.results_table import _comparisons, format_p
+from teacherstudent.files import write_json
 
 pytest.importorskip("kaldialign")
 
@@ -39,9 +43,19 @@ def made(values, field="condition"):
 
 
 def test_conditions_come_from_clean_to_loud():
-    names = ["5dB", "car", "snr10", "-2.5dB", "clean", "20dB", "bus"]
+    names = ["5dB", "car", "snr10", "1.2.3dB", "-2.5dB", "clean", "20dB", "bus"]
     rows = score_system(*made(names), Decode(bootstrap_samples=10), 0)
-    assert list(rows["conditions"]) == ["all", "clean", "20dB", "snr10", "5dB", "-2.5dB", "bus", "car"]
+    assert list(rows["conditions"]) == [
+        "all",
+        "clean",
+        "20dB",
+        "snr10",
+        "5dB",
+        "-2.5dB",
+        "1.2.3dB",
+        "bus",
+        "car",
+    ]
     assert rows["by"] == {}
 
 
@@ -55,3 +69,24 @@ def test_the_rows_of_a_field_add_up_to_all_of_the_test():
         assert sum(cell[key] for cell in rows["by"]["room"].values()) == rows["conditions"]["all"][key]
     low, high = rows["conditions"]["all"]["speaker_interval"]
     assert low <= rows["conditions"]["all"]["word_error_rate"] <= high
+
+
+def test_what_has_no_finite_value_is_none_in_the_json_and_a_dash_in_the_table(tmp_path):
+    test = [Utterance(str(n), ("a", "b"), f"s{n}") for n in range(3)]
+    right, wrong = [("a", "b")] * 3, [("a", "c")] * 3
+    settings = Decode(bootstrap_samples=20)
+    words = {"human": right, "machine": wrong}
+    found = compare_systems(["machine"], ["human"], test, words, {"human": 0, "machine": 3}, settings, 0)
+    write_json(tmp_path / "results.json", found)
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    (row,) = found["comparisons"]
+    assert (row["relative_reduction"], row["interval"]) == (None, [None, None])
+    assert row["matched_pairs"] == {"statistic": None, "p_value": pytest.approx(2 / 2**3)}
+    table = _comparisons(found | {"systems": {name: {"label": name} for name in words}})
+    assert table.startswith("machine: – % [–, –] fewer word errors than human (p ")
+
+
+def test_p_values_are_printed_alike():
+    assert [format_p(value) for value in (0.0, 0.00099, 0.001, 0.25)] == [
+        "< 0.001", "< 0.001", "= 0.001", "= 0.250"
+    ]  # fmt: skip

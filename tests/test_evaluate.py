@@ -13,13 +13,15 @@ import torch
 from conftest import TINY
 
 from teacherstudent.config import Config, Schedule, Student, load, to_toml
+from teacherstudent.data.lexicon import Lexicon
 from teacherstudent.data.packed import PackedWriter, open_shards
 from teacherstudent.decoding.decode import Decoder
 from teacherstudent.decoding.error_tables import Utterance
-from teacherstudent.decoding.evaluate import _compare, evaluate, find_systems
+from teacherstudent.decoding.evaluate import _check, _compare, evaluate, find_systems
+from teacherstudent.decoding.graph import Graph
 from teacherstudent.decoding.graph_sources import build_graph
 from teacherstudent.decoding.lattice import read_lattices
-from teacherstudent.decoding.results_table import summary
+from teacherstudent.decoding.results_table import format_p, summary
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import hash_file, write_text
 from teacherstudent.training import checkpoint
@@ -322,6 +324,38 @@ def test_speeds_compare_every_student_with_the_teacher(tiny_experiment: Path) ->
             assert row["times_smaller_than_teacher"] == teacher["parameters"] / row["parameters"]
 
 
+@pytest.mark.parametrize(
+    ("only", "systems"),
+    [("gtc", ["gtc"]), ("human-only", ["human-only-final", "human-only-early"]), ("teacher", ["teacher"])],
+)
+def test_one_network_is_decoded_alone_with_its_speeds_and_nothing_to_compare(
+    tiny_experiment: Path, tmp_path: Path, only: str, systems: list[str]
+) -> None:
+    settings = (f"decode.only={only}", "decode.speed_seconds=0.1")
+    results = evaluate_copy(tiny_experiment, tmp_path / "x", [0.5], *settings)
+    assert list(results["systems"]) == systems
+    assert results["comparisons"] == []
+    assert results["baseline"] in (None, *(name for name in systems if name.startswith("human-only")))
+    speeds = json.loads((tmp_path / "x" / "evaluate" / "speed.json").read_text())["systems"]
+    assert list(speeds) == systems
+    assert not any("times_faster_than_teacher" in row for row in speeds.values())
+    assert all(
+        results["systems"][name]["label"] in summary(tmp_path / "x/evaluate/results.json") for name in systems
+    )
+
+
+def test_a_word_that_cannot_be_recognised_is_blamed_on_what_lacks_it() -> None:
+    lexicon = Lexicon(dict.fromkeys(("yes", "no", "rare", "<UNK>"), (("AX",),)))
+    said = [Utterance("u", ("yes", "rare", "rare", "polka", "<UNK>"), "s")]
+    with pytest.warns(UserWarning, match="words of the development and test transcripts") as warned:
+        _check(said, said, Graph(("no", "yes"), 1, b""), lexicon)
+    told = [str(warning.message) for warning in warned]
+    assert [text.split(" words")[0] for text in told] == ["2 of 10", "2 of 10", "4 of 10"]
+    assert "are not in the lexicon, so each is a word error: polka" in told[0]
+    assert "stand for unknown words, so each is a word error: <UNK>" in told[1]
+    assert "in the lexicon, but not in the language model, so each is a word error: rare" in told[2]
+
+
 def test_a_part_without_transcripts_and_a_field_that_no_cut_has_are_told(
     tiny_experiment: Path, tmp_path: Path
 ) -> None:
@@ -358,7 +392,7 @@ def test_the_summary_has_every_system_with_its_error_rates_and_every_comparison(
     for line, found in zip(blocks[1].splitlines(), results["comparisons"], strict=True):
         label = results["systems"][found["system"]]["label"]
         assert line.startswith(f"{label}: {found['relative_reduction']:.1f} %")
-        assert f"fewer word errors than {baseline} (p = {found['p_value']:.3f}" in line
+        assert f"fewer word errors than {baseline} (p {format_p(found['p_value'])}; " in line
     for line, row in zip(blocks[2].splitlines()[2:], results["systems"].values(), strict=True):
         assert line.endswith(f"{row['frame_error']['test']:.1f}{row['frame_cross_entropy']['test']:14.3f}")
     assert blocks[3].startswith("speed on one core")

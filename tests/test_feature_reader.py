@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from tiny_audio import make_cut, make_samples, open_experiment, write_audio, write_cuts, write_data
 
 from teacherstudent.config import Conditions
-from teacherstudent.data import prepare as prepare_module
 from teacherstudent.data.feature_reader import FeatureShard, open_features, read_normalisation
 from teacherstudent.data.features import (
     PRIOR_FRAMES,
@@ -27,11 +25,6 @@ from teacherstudent.data.manifests import PARTS
 from teacherstudent.data.packed import open_shards
 from teacherstudent.data.prepare import prepare
 from teacherstudent.experiment import Experiment
-
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
 
 
 @pytest.fixture

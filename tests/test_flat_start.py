@@ -94,7 +94,7 @@ def utterances(part: str, number: int) -> Iterator[tuple[MonoCut, np.ndarray, li
         name = f"{part}-{number}-{index}"
         yield make_cut(name, text, len(log_mel), {}), log_mel, phones
         if index == 0:
-            yield make_cut(f"{name}-copy", text, len(log_mel), {"original": name}), log_mel, phones
+            yield make_cut(f"{name}-copy", text, len(log_mel), {"copy_of": {"id": name}}), log_mel, phones
     if (part, number) == ("human", 1):
         for name, (text, num_frames) in BAD.items():
             log_mel = 5 * rng.standard_normal((num_frames, 64))

@@ -10,7 +10,7 @@ LAYERS = [
     "settings config files features lexicon alignments alignment_comparison mfcc gaussians tied_states "
     "senones events questions tree_roots tree_view decision_tree kaldi_io event_map kaldi_topology "
     "language_model grammar speakers noise losses models posteriors pseudo_words schedule progress "
-    "processes scoring error_tables results_table openfst lattice word_times vocabulary wheels",
+    "processes spelling scoring error_tables results_table openfst lattice word_times vocabulary wheels",
     "conditions extraction feature_reader data_folders prefetch checkpoint packed_index packed manifests "
     "experiment dataset store batches training_log kaldi_tree alignment_index kaldi_alignments ctm "
     "textgrid kaldi_inventory training_graphs graph",

@@ -203,9 +203,29 @@ def test_a_damaged_archive_is_an_error_that_names_it_never_a_shorter_corpus(bina
             list(read_archives([path]))
 
 
+def test_a_number_that_is_none_of_an_archive_is_an_error_that_names_it(tmp_path) -> None:
+    for text in ("u 1 99999999999 2 \n", "u 1 2147483648 \n", "u 1 214748364700 \n", "u 1 two \n"):
+        (tmp_path / "ali.1.gz").write_bytes(gzip.compress(text.encode()))
+        with pytest.raises(ValueError, match=r"ali\.1\.gz"):
+            list(read_archives([tmp_path / "ali.1.gz"]))
+
+
+def test_empty_lines_of_a_text_archive_are_nothing(tmp_path) -> None:
+    (tmp_path / "ali.1.gz").write_bytes(gzip.compress(b"\nu 1 2 \n\nv 3 \n\n\n"))
+    assert {key: unpack(ids).tolist() for key, ids in read_archives([tmp_path / "ali.1.gz"])} == {
+        "u": [1, 2],
+        "v": [3],
+    }
+
+
 def test_names_of_phones_are_read_and_bad_lines_named(tmp_path) -> None:
     write_phones_txt(tmp_path)
     assert read_phone_names(tmp_path / "phones.txt")[2] == "A"
+    (tmp_path / "phones.txt").write_text("<eps> 0\nA 1\x0c\nB 2\n", newline="\r\n")
+    assert read_phone_names(tmp_path / "phones.txt") == {0: "<eps>", 1: "A", 2: "B"}
+    (tmp_path / "phones.txt").write_text("<eps> 0\x85A 1\n")
+    with pytest.raises(ValueError, match="line 1"):
+        read_phone_names(tmp_path / "phones.txt")
     (tmp_path / "phones.txt").write_text("<eps> 0\nA one\n")
     with pytest.raises(ValueError, match="line 2"):
         read_phone_names(tmp_path / "phones.txt")

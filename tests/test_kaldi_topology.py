@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from teacherstudent.tying.kaldi_io import KaldiWriter
 from teacherstudent.tying.kaldi_topology import HmmState, Topology, first_and_later_frames, shortest_duration
 from teacherstudent.tying.kaldi_tree import topology_text
 
@@ -101,6 +102,45 @@ def test_the_topology_of_a_binary_model_is_read():
     )
     bakis = head + number(1) + number(4) + states + number(-1) + number(0) + b"</Topology> <Triples> "
     assert Topology.parse(bakis, "final.mdl") == parse(topology(("1 2", BAKIS)))
+
+
+def binary_topology():
+    """Phones 1 and 2 of one state each, as Kaldi writes them."""
+    writer = KaldiWriter(binary=True)
+    writer.token("<Topology>")
+    writer.integers((1, 2))
+    writer.integers((-1, 0, 0))
+    for value in (1, 2, 0, 2, 0):
+        writer.integer(value)
+    writer.number(0.5)
+    writer.integer(1)
+    writer.number(0.5)
+    for value in (-1, 0):
+        writer.integer(value)
+    writer.token("</Topology>")
+    return b"\0B" + writer.contents()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_damaged_binary_topology_is_read_or_refused_by_name_and_nothing_else(data):
+    contents = bytearray(binary_topology())
+    assert Topology.parse(bytes(contents), "topo").states(2) is not None
+    place = data.draw(st.integers(2, len(contents) - 1))
+    contents[place] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(2, len(contents)))
+    try:
+        Topology.parse(bytes(contents[:end]), "topo")
+    except ValueError as error:
+        assert str(error).startswith("topo")
+
+
+def test_a_phone_beyond_the_entries_is_refused():
+    contents = binary_topology().replace(struct.pack("<ii", 1, 2), struct.pack("<ii", 1, 9))
+    with pytest.raises(
+        ValueError, match=r"topo, near byte .*phones from 1 to 2, each with an entry is needed, got '9'"
+    ):
+        Topology.parse(contents, "topo")
 
 
 @pytest.mark.parametrize(

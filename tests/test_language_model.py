@@ -141,11 +141,31 @@ def test_a_model_whose_backoffs_do_not_normalise_is_refused_naming_the_history()
         ("\\1-grams:\nx play\n\\end\\\n", "line 2: got 'x play'"),
         ("\\2-grams:\n-1 play\n\\end\\\n", "line 2"),
         ("\\1-grams:\n-1 a b c\n\\end\\\n", "line 2"),
+        ("\\1-grams:\nnan play\n-0.3 </s>\n\\end\\\n", "line 2: got 'nan play'"),
+        ("\\1-grams:\n-0.3 play inf\n-0.3 </s>\n\\end\\\n", "line 2: got '-0.3 play inf'"),
+        ("\\1-grams:\n-0.3 play\n\\x-grams:\n\\end\\\n", r"line 3: got '\\\\x-grams:', need"),
+        ("\\0-grams:\n-0.3 play\n\\end\\\n", "line 1: got"),
+        ("\\1-grams:\n-0.3 play\n-0.3 stop\n\\end\\\n", "has no </s> in its .*could end no sentence"),
     ],
 )
 def test_what_is_not_an_arpa_file_is_refused_naming_the_line(text, what):
     with pytest.raises(ValueError, match=what):
         LanguageModel.from_arpa(text)
+
+
+def test_minus_infinity_is_never_as_minus_99_is():
+    text = estimate_bigram(SENTENCES).to_arpa()
+    assert LanguageModel.from_arpa(text.replace("-99.0000000\t<s>", "-inf\t<s>")) == LanguageModel.from_arpa(
+        text
+    )
+
+
+def test_the_unknown_word_of_a_lexicon_gets_no_share():
+    words = [*"abc", "<UNK>", "<unk>"]
+    assert estimate_bigram(["a b"], words) == estimate_bigram(["a b"], "abc")
+    assert 10 ** estimate_bigram(["a <unk> b"], words).log10_probability((), "<unk>") > 0
+    with pytest.raises(ValueError, match="no words"):
+        estimate_bigram([], ["<UNK>"])
 
 
 def test_estimating_gives_no_warning():

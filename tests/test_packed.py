@@ -188,6 +188,35 @@ def test_a_size_that_cannot_be_is_refused_before_it_is_allocated(tmp_path):
         PackedShard(path)["utterance-0"]
 
 
+def _write_and_wait(path, begun, end):
+    with PackedWriter(path, {}, LAYOUT):
+        begun.set()
+        end.wait(60)
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    path, spawn = tmp_path / "a.000000.h5", multiprocessing.get_context("spawn")
+    begun, end = [spawn.Event() for _ in range(2)], spawn.Event()
+    writers = [spawn.Process(target=_write_and_wait, args=(path, event, end)) for event in begun]
+    for writer, event in zip(writers, begun):
+        writer.start()
+        assert event.wait(60)
+    other = tmp_path / ".a.000001.h5.0123456789abcdef.partial"
+    other.write_text("of another shard")
+    assert len(list(tmp_path.iterdir())) == 3
+    writers[0].kill()
+    writers[0].join()
+    with PackedWriter(path, {}, LAYOUT):  # in a process where one is at work
+        assert len(list(tmp_path.iterdir())) == 3  # the living one's, ours and the other shard's
+        write(path, make_utterances([1, 2]))
+        assert PackedShard(path).ids == ("utterance-0", "utterance-1")
+    assert len(PackedShard(path)) == 0
+    end.set()
+    writers[1].join()
+    assert writers[1].exitcode == 0
+    assert sorted(tmp_path.iterdir()) == [other, path]
+
+
 def test_another_file_is_refused_by_name(tmp_path):
     path = tmp_path / "a.000000.h5"
     path.write_text("not HDF5")

@@ -3,10 +3,8 @@
 import gzip
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,17 +36,10 @@ from teacherstudent.experiment import Experiment
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new process reads its libraries for seconds: one test starts some, the others have threads."""
-    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
-
-
-@pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_data(tmp_path / "data")
 
 
-@pytest.mark.usefixtures("threads")
 def test_features_are_those_of_lhotse_stacked_by_three_in_half_precision(data: Path) -> None:
     experiment = open_experiment(data)
     prepare(experiment)
@@ -69,7 +60,6 @@ def test_features_are_those_of_lhotse_stacked_by_three_in_half_precision(data: P
                 number += 1
 
 
-@pytest.mark.usefixtures("threads")
 def test_the_normalisation_is_mean_and_deviation_of_the_training_parts_alone(data: Path) -> None:
     experiment = open_experiment(data)
     prepare(experiment)
@@ -85,13 +75,11 @@ def test_the_normalisation_is_mean_and_deviation_of_the_training_parts_alone(dat
     np.testing.assert_allclose(found["deviation"], everything.std(axis=0), rtol=1e-4)
 
 
-def test_two_processes_write_the_same_bytes_as_one_thread(data: Path, request: pytest.FixtureRequest) -> None:
+def test_two_processes_write_the_same_bytes_as_none(data: Path) -> None:
     together = contents(prepare(open_experiment(data, "together", jobs=2)))
-    request.getfixturevalue("threads")
     assert contents(prepare(open_experiment(data, "alone"))) == together
 
 
-@pytest.mark.usefixtures("threads")
 def test_a_second_start_makes_what_is_missing_and_leaves_the_rest_alone(data: Path) -> None:
     experiment = open_experiment(data)
     outputs = prepare(experiment)
@@ -103,7 +91,6 @@ def test_a_second_start_makes_what_is_missing_and_leaves_the_rest_alone(data: Pa
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-@pytest.mark.usefixtures("threads")
 def test_data_that_are_mended_give_what_whole_data_give(data: Path) -> None:
     whole = contents(prepare(open_experiment(data, "whole")))
     audio = data / "human" / "audio" / "human-1.wav"
@@ -116,7 +103,6 @@ def test_data_that_are_mended_give_what_whole_data_give(data: Path) -> None:
     assert contents(prepare(experiment)) == whole
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("storage", ["stored", "on-the-fly"])
 def test_an_interruption_after_any_shard_changes_nothing(
     data: Path, storage: str, monkeypatch: pytest.MonkeyPatch
@@ -134,7 +120,6 @@ def test_an_interruption_after_any_shard_changes_nothing(
     with pytest.raises(KeyboardInterrupt):
         prepare(experiment)
     monkeypatch.undo()
-    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
     assert contents(prepare(experiment)) == whole
 
 
@@ -149,6 +134,11 @@ def spoil(data: Path, samples: np.ndarray, rate: int = RATE, text: str | None = 
 def edit_cut(data: Path, **changes: object) -> None:
     path = data / "human" / "cuts.000001.jsonl"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes) + "\n")
+
+
+def edit_said(data: Path, **changes: object) -> None:
+    [said] = json.loads((data / "human" / "cuts.000001.jsonl").read_text())["supervisions"]
+    edit_cut(data, supervisions=[said | changes])
 
 
 def not_finite(data: Path) -> None:
@@ -192,10 +182,19 @@ REASONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no recording": (lambda data: edit_cut(data, recording=None), "no recording"),
     "another manifest": (lambda data: edit_cut(data, type="MixedCut"), "not a cut"),
     "half a cut": (lambda data: edit_cut(data, supervisions=[{"id": "x"}]), "not a cut"),
+    "no duration": (
+        lambda data: edit_cut(data, duration=math.nan),
+        "not a cut: its start or duration is nan",
+    ),
+    "no start": (lambda data: edit_cut(data, start=math.inf), "not a cut: its start or duration is inf"),
+    "a number said": (lambda data: edit_said(data, text=7), "not a cut: its text is 7"),
+    "a field of ours": (
+        lambda data: edit_cut(data, custom={"copy_of": "human-1"}),
+        "a custom field of our own",
+    ),
 }
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("problem", REASONS)
 def test_what_cannot_be_used_is_left_out_with_its_reason_and_the_rest_is_as_ever(
     data: Path, problem: str
@@ -222,7 +221,6 @@ def test_what_cannot_be_used_is_left_out_with_its_reason_and_the_rest_is_as_ever
     assert experiment.path("features", "human", "cuts.000001.jsonl").read_text() == ""
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("problem", REASONS)
 def test_too_much_left_out_is_an_error_with_reasons_and_examples(data: Path, problem: str) -> None:
     break_data, reason = REASONS[problem]
@@ -234,7 +232,6 @@ def test_too_much_left_out_is_an_error_with_reasons_and_examples(data: Path, pro
     assert "MonoCut(" not in str(error.value)
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.filterwarnings("ignore:.*are left out")
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -280,9 +277,28 @@ def break_line(data: Path) -> None:
         file.write('{"id": "half a')
 
 
+def damage_gzip(data: Path) -> None:
+    path = data / "human" / "cuts.000001.jsonl"
+    packed = bytearray(gzip.compress(path.read_bytes(), mtime=0))
+    packed[10] |= 7  # the first block is of a kind that there is not
+    path.with_name("cuts.000001.jsonl.gz").write_bytes(packed)
+    path.unlink()
+
+
 ERRORS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no part": (lambda data: (data / "dev").rename(data / "development"), ["/dev", "data.folder"]),
-    "an empty part": (lambda data: (data / "dev" / "cuts.000000.jsonl").unlink(), ["/dev", "cuts.*.jsonl"]),
+    "an empty part": (
+        lambda data: (data / "dev" / "cuts.000000.jsonl").unlink(),
+        ["/dev", "cuts.000000.jsonl"],
+    ),
+    "other numbers": (
+        lambda data: (data / "dev" / "cuts.000000.jsonl").rename(data / "dev" / "cuts.1.jsonl"),
+        ["/dev", "six digits"],
+    ),
+    "a shard twice": (
+        lambda data: shutil.copy(data / "dev" / "cuts.000000.jsonl", data / "dev" / "cuts.000000.jsonl.gz"),
+        ["cuts.000000.jsonl and cuts.000000.jsonl.gz"],
+    ),
     "a gap": (
         lambda data: (data / "human" / "cuts.000001.jsonl").rename(data / "human" / "cuts.000002.jsonl"),
         ["/human", "cuts.000001.jsonl", "without a gap"],
@@ -300,12 +316,12 @@ ERRORS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda data: (data / "human" / "cuts.000001.jsonl").rename(data / "human" / "cuts.000001.jsonl.gz"),
         ["/human/cuts.000001.jsonl.gz, line 0"],
     ),
+    "gzip that is damaged within": (damage_gzip, ["/human/cuts.000001.jsonl.gz, line"]),
     "an id twice in a part": (lambda data: repeat_cut(data, "human"), ["'human-2' is used twice"]),
     "an utterance in two parts": (lambda data: repeat_cut(data, "test"), ["'human-2'", "/human/", "/test/"]),
 }
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("problem", ERRORS)
 def test_data_that_cannot_be_understood_are_refused_before_anything_is_computed(
     data: Path, problem: str
@@ -317,11 +333,6 @@ def test_data_that_cannot_be_understood_are_refused_before_anything_is_computed(
     for word in words:
         assert word in str(error.value)
     assert not list(data.parent.rglob("*.h5"))
-
-
-def test_a_process_that_is_ended_from_outside_is_an_error_that_says_what_to_do(data: Path) -> None:
-    with ProcessPoolExecutor(1) as pool, pytest.raises(ValueError, match=r"fewer features.jobs"):
-        list(prepare_module._run(pool, os._exit, [3]))
 
 
 # -- audio of all kinds --------------------------------------------------------------------------------------
@@ -339,7 +350,6 @@ def features_of(experiment: Experiment, name: str, part: str = "human") -> np.nd
     return next(shard[name]["values"] for shard in shards if name in shard)
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("channel", [0, 1])
 def test_44_kHz_stereo_audio_is_resampled_and_its_chosen_channel_used(data: Path, channel: int) -> None:
     time = np.arange(44100) / 44100
@@ -361,21 +371,18 @@ def test_44_kHz_stereo_audio_is_resampled_and_its_chosen_channel_used(data: Path
     )
 
 
-@pytest.mark.usefixtures("threads")
 def test_a_channel_that_is_not_there_is_named(data: Path) -> None:
     spoil(data, np.zeros((RATE, 2)))
     with pytest.raises(ValueError, match=r"no such channel: features.channel is 2, there are \[0, 1\]"):
         prepare(open_experiment(data, channel=2))
 
 
-@pytest.mark.usefixtures("threads")
 def test_8_kHz_is_8_kHz(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", rate=8000)
     found = features_of(open_experiment(data, sampling_rate=8000), "human-2")
     assert np.array_equal(found, expect(make_samples("human", 2), 8000))
 
 
-@pytest.mark.usefixtures("threads")
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.integers(0, 4000), num_samples=st.integers(160, 1800))
 def test_a_cut_from_within_its_recording_has_the_features_of_those_samples(
@@ -391,7 +398,6 @@ def test_a_cut_from_within_its_recording_has_the_features_of_those_samples(
     assert len(found) == math.ceil(((num_samples + 80) // 160) / 3)
 
 
-@pytest.mark.usefixtures("threads")
 def test_gzipped_shards_are_read_as_they_are(data: Path) -> None:
     whole = contents(prepare(open_experiment(data, "whole")))
     for path in (data / "human").glob("cuts.*.jsonl"):
@@ -404,7 +410,6 @@ def test_gzipped_shards_are_read_as_they_are(data: Path) -> None:
 # -- copies in other conditions ------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("threads")
 def test_copies_follow_the_originals_of_their_shard_and_are_counted(data: Path) -> None:
     plain = open_experiment(data, "plain")
     prepare(plain)
@@ -424,7 +429,6 @@ def test_copies_follow_the_originals_of_their_shard_and_are_counted(data: Path) 
     assert report["human"]["copy_hours"] == pytest.approx(2.5 * report["human"]["hours"], rel=1e-2)
 
 
-@pytest.mark.usefixtures("threads")
 def test_a_copy_of_the_name_of_another_utterance_is_refused(data: Path) -> None:
     write_cuts(
         data / "human",
@@ -435,7 +439,6 @@ def test_a_copy_of_the_name_of_another_utterance_is_refused(data: Path) -> None:
         prepare(open_experiment(data, conditions=Conditions(speeds=(2.0,))))
 
 
-@pytest.mark.usefixtures("threads")
 def test_sounds_that_change_before_the_step_is_done_are_refused(data: Path) -> None:
     noises = data.parent / "noises"
     write_audio(noises / "hiss.wav", np.random.default_rng(0).normal(size=9000) / 10)
@@ -446,7 +449,38 @@ def test_sounds_that_change_before_the_step_is_done_are_refused(data: Path) -> N
         prepare(experiment)
 
 
-@pytest.mark.usefixtures("threads")
+def test_a_copy_whose_noise_cannot_be_read_or_that_is_too_short_is_listed(data: Path) -> None:
+    write_cuts(data / "human", 1, [make_cut(data / "human", "human-2", make_samples("human", 2)[:300])])
+    noise = data.parent / "noises" / "hiss.flac"
+    write_audio(noise, np.random.default_rng(0).normal(size=9000) / 10, subtype="PCM_16")
+    conditions = Conditions(noise_folder=str(noise.parent), snr_db=(10.0,), speeds=(2.0,))
+    experiment = open_experiment(data, conditions=conditions, max_left_out_share=0.5)
+    noise.write_bytes(noise.read_bytes()[:2000])
+    with pytest.warns(UserWarning, match="4 of 9 utterances of the part 'human' are left out"):
+        prepare(experiment)
+    entries = map(json.loads, experiment.path("features", "skipped.jsonl").read_text().splitlines())
+    assert {entry["id"]: entry["reason"].partition(":")[0].partition(" (")[0] for entry in entries} == {
+        f"human-{number}_snr10": "the condition cannot be made" for number in range(3)
+    } | {"human-2_speed2": "shorter than a frame of 10 ms"}
+
+
+def test_custom_fields_of_users_are_no_condition_and_go_with_the_copies(data: Path) -> None:
+    conditions = Conditions(parts=("human",), speeds=(2.0,))
+    plain, marked = open_experiment(data, "plain", conditions), open_experiment(data, "marked", conditions)
+    prepare(plain)
+    custom = {"original": "human-0", "speed": 3.0, "added_noise": "much", "reverberation": "hall"}
+    for path in (data / "human").glob("cuts.*.jsonl"):
+        path.write_text(
+            "".join(json.dumps(json.loads(line) | {"custom": custom}) + "\n" for line in path.open())
+        )
+    prepare(marked)
+    for number, shard in enumerate(open_shards(marked.path("features", "human"), "features")):
+        path = plain.path("features", "human", f"features.{number:06d}.h5")
+        assert shard.path.read_bytes() == path.read_bytes()
+        lines = marked.path("features", "human", f"cuts.{number:06d}.jsonl").read_text().splitlines()
+        assert all(json.loads(line)["custom"].items() >= custom.items() for line in lines)
+
+
 def test_a_copy_that_cannot_be_made_is_listed_and_the_others_are_there(data: Path) -> None:
     spoil(data, np.zeros(RATE // 4))
     write_audio(data.parent / "noises" / "hiss.wav", np.random.default_rng(0).normal(size=9000) / 10)

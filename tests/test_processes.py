@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 
@@ -8,6 +10,8 @@ from teacherstudent.processes import ProcessMap, map_in_processes
 
 class Plus:
     def __init__(self, amount):
+        if not isinstance(amount, int):
+            raise ValueError(f"{amount!r} is no amount")
         self.amount = amount
 
     def __call__(self, item):
@@ -25,6 +29,22 @@ def test_results_come_in_order_and_processes_serve_more_than_once(jobs):
             list(processes.map([5, -1, 7]))
         assert list(processes.map([1])) == [4]
     assert list(map_in_processes((Plus, 1), [1, 2], jobs)) == [2, 3]
+
+
+def test_why_a_process_could_not_start_is_raised():
+    for jobs in (1, 2):
+        with pytest.raises(ValueError, match="'x' is no amount"):
+            list(map_in_processes((Plus, "x"), [1], jobs))
+
+
+class Killed:
+    def __call__(self, item):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match="ended before its work did: too little memory for 2 of them"):
+        list(map_in_processes((Killed,), [1], 2))
 
 
 def test_items_are_taken_as_they_are_needed():

@@ -42,6 +42,8 @@ def test_classes_are_named_in_words_and_empty_ones_are_left_out():
         "alone in its word": (7,),
     }
     assert named_classes(("SIL", "AE", "K")) == {}
+    assert named_classes(("SIL", "t", "t_S")) == {}
+    assert variants(("SIL", "t", "t_S")) == {"t": (2,), "t_S": (3,)}
 
 
 def test_questions_are_classes_then_clusters_of_base_phones_then_base_phones_then_single_ones():

@@ -16,7 +16,7 @@ from teacherstudent.config import Config, Distributed, Schedule, Student, to_tom
 from teacherstudent.data.packed import PackedWriter, shard_path
 from teacherstudent.decoding.speed import write_speeds
 from teacherstudent.reporting.report import write_report
-from teacherstudent.reporting.report_data import read_curves, senone_phones
+from teacherstudent.reporting.report_data import Findings, read_curves, senone_phones
 from teacherstudent.store import TargetWriter
 from teacherstudent.training.schedule import Plan
 from teacherstudent.tying.senones import Inventory
@@ -38,6 +38,7 @@ LABELS = {
     "bmuf": "machine and human, BMUF",
 }
 RATES = {"teacher": 9.1, "human-only-final": 14.8, "human-only-early": 15.2, "gtc": 11.6, "bmuf": 12.4}
+_UNSURE = "Where an interval holds zero, these test speakers cannot tell the two apart."
 REDUCTIONS = {"gtc": (21.6, [12.2, 30.4]), "bmuf": (16.2, [5.8, 26.1])}
 
 SPEEDS = {
@@ -237,24 +238,55 @@ def test_every_picture_says_in_words_what_it_shows(text):
 def test_the_headline_says_by_how_much_each_student_beats_the_better_baseline(text):
     headline = re.search(r'<p class="headline">(.*?)</p>', text)[1].replace("\N{NO-BREAK SPACE}", " ")
     assert "(“human only, as many updates”, 14.8 %)" in headline
-    assert "“machine and human, GTC” 22 % fewer (11.6 %; 95 % interval of the reduction 12–30 %)" in headline
-    assert "“machine and human, BMUF” 16 % fewer (12.4 %; 95 % interval of the reduction 6–26 %)" in headline
+    assert (
+        "“machine and human, GTC” 21.6 % fewer (11.6 %; 95 % interval of the reduction 12.2–30.4 %)"
+        in headline
+    )
+    assert (
+        "“machine and human, BMUF” 16.2 % fewer (12.4 %; 95 % interval of the reduction 5.8–26.1 %)"
+        in headline
+    )
 
 
 @pytest.mark.parametrize(
-    ("reduction", "interval", "needed"),
+    ("reductions", "needed"),
     [
-        (-4.0, [-12.0, 3.0], ["Machine labels do not help here", "4 % more", "−12 to 3 %"]),
-        (0.0, [-1.0, 1.0], ["Machine labels do not help here", "“machine and human, GTC” as many (11.6 %"]),
-        (5.0, [-2.0, 11.0], ["make fewer word errors", "5 % fewer", "cannot tell the two apart"]),
+        (
+            [(-4.0, [-12.0, 3.0])],
+            ["Machine labels do not help here", "4.0 % more", "−12.0 to 3.0 %", _UNSURE],
+        ),
+        ([(-9.0, [-12.0, -3.0])], ["Machine labels do not help here", "9.0 % more", "−12.0 to −3.0 %"]),
+        ([(0.0, [-1.0, 1.0])], ["do not help here", "“machine and human, GTC” as many (11.6 %", _UNSURE]),
+        ([(0.04, [0.0, 0.1])], ["do not help here", "“machine and human, GTC” as many (11.6 %", _UNSURE]),
+        ([(5.0, [-2.0, 11.0])], ["speakers students", "make fewer word errors", "5.0 % fewer", _UNSURE]),
+        ([(5.0, [0.0, 11.0])], ["make fewer word errors", "5.0 % fewer", "0.0–11.0 %", _UNSURE]),
+        ([(5.0, [0.04, 11.0])], ["make fewer word errors", "0.0–11.0 %", _UNSURE]),
+        (
+            [(9.0, [2.0, 11.0]), (-7.0, [-9.0, -5.0])],
+            ["some students", "and some do not", "9.0 % fewer", "7.0 % more"],
+        ),
+        ([(None, [None, None])], ["do not help here", "“machine and human, GTC” more (11.6 %)"]),
     ],
 )
-def test_the_headline_is_honest_when_there_is_no_gain_or_no_certainty(tmp_path, reduction, interval, needed):
+def test_the_headline_is_honest_when_there_is_no_gain_or_no_certainty(tmp_path, reductions, needed):
     write_config(tmp_path)
-    write_results(tmp_path, {"gtc": (reduction, interval)})
+    write_results(tmp_path, dict(zip(("gtc", "bmuf"), reductions)))
     text = write_report(tmp_path).read_text(encoding="utf-8")
     headline = re.search(r'<p class="headline open">(.*?)</p>', text)[1].replace("\N{NO-BREAK SPACE}", " ")
     assert all(part in headline for part in needed)
+    assert (_UNSURE in headline) == (_UNSURE in needed)
+
+
+def test_conditions_come_from_clean_to_loud_and_what_has_no_value_is_a_dash(tmp_path):
+    write_config(tmp_path)
+    write_results(tmp_path, {"gtc": (None, [None, 0.0])})
+    path = tmp_path / "evaluate" / "results.json"
+    results = json.loads(path.read_text())
+    for row in results["systems"].values():
+        row["conditions"] |= dict.fromkeys(("1.2.3dB", "snr5", "bus"), row["conditions"]["clean"])
+    path.write_text(json.dumps(results))
+    assert Findings(tmp_path).conditions == ["all", "clean", "20dB", "10dB", "snr5", "1.2.3dB", "bus"]
+    assert "– to 0.0 %" in plain(write_report(tmp_path).read_text(encoding="utf-8"))
 
 
 def test_the_table_has_every_system_and_condition_with_its_interval(text):

@@ -39,6 +39,13 @@ def test_words_that_sclite_reads_as_marks_are_told(tmp_path):
         write_references(tmp_path, [Utterance("u", ("(uh)", "yes", "<noise>"), "s", 1.0)])
 
 
+def test_words_that_were_recognised_are_looked_at_too(tmp_path):
+    with pytest.warns(UserWarning, match=r"1 words recognised by x hold characters .*: <noise>"):
+        write_hypotheses(
+            tmp_path, "x", TEST[:1], {"b-2": [TimedWord(w, 0.0, 0.1) for w in ("<noise>", "it")]}
+        )
+
+
 def make_test(seed):
     """Random references and hypotheses; every word of a hypothesis lasts 0.1 s."""
     draw = random.Random(seed)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import statistics
 import sys
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacherstudent.decoding.scoring import compare, count_errors, score
+from teacherstudent.decoding.scoring import _matched_pairs, compare, count_errors, score
 
 kaldialign = pytest.importorskip("kaldialign")
 words = st.lists(st.sampled_from("abc"), max_size=6)
@@ -106,11 +107,61 @@ def test_the_matched_pairs_statistic_is_that_of_its_definition():
     variance = sum((value - mean) ** 2 for value in differences) / 5
     found = compare(references, *hypotheses)
     assert found.matched_pairs == pytest.approx(mean / math.sqrt(variance / 6))
-    normal = statistics.NormalDist()
-    assert found.matched_pairs_p_value == pytest.approx(2 * (1 - normal.cdf(found.matched_pairs)))
+    flipped = [
+        sum(sign * value for sign, value in zip(signs, differences))
+        for signs in itertools.product((1, -1), repeat=6)
+    ]
+    as_far = sum(abs(value) >= abs(sum(differences)) for value in flipped)
+    assert found.matched_pairs_p_value == pytest.approx(as_far / len(flipped)) == 24 / 64
     other_way = compare(references, *hypotheses[::-1])
     assert other_way.matched_pairs == -found.matched_pairs
     assert other_way.p_value == pytest.approx(found.p_value)
+
+
+def differing(differences):
+    """References of four words, and two systems whose word errors differ by so many in each utterance."""
+    references = [["w"] * 4 for _ in differences]
+    return references, *(
+        [["x"] * max(0, sign * value) + ["w"] * (4 - max(0, sign * value)) for value in differences]
+        for sign in (1, -1)
+    )
+
+
+def test_a_few_blocks_that_agree_are_no_certainty():
+    assert compare(*differing([2])).matched_pairs_p_value == 1
+    assert compare(*differing([2, 2])).matched_pairs_p_value == pytest.approx(0.5)
+    assert compare(*differing([1, 3, 0, 0])).matched_pairs_p_value == pytest.approx(0.5)
+    assert compare(*differing([1] * 5)).matched_pairs_p_value == pytest.approx(2 / 2**5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-9, 9), min_size=2, max_size=9).filter(any))
+def test_the_p_value_is_the_share_of_signs_that_bring_as_much(differences):
+    flipped = [
+        abs(np.dot(signs, differences)) for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    share = np.mean(np.array(flipped) >= abs(sum(differences)))
+    assert _matched_pairs(np.array(differences))[1] == pytest.approx(share)
+
+
+def test_with_many_blocks_the_p_value_is_that_of_the_normal_distribution():
+    draw = np.random.default_rng(3)
+    for mean in (0.0, 0.02, 0.05):
+        differences = np.rint(draw.normal(mean, 1.2, 4000)).astype(int)
+        statistic, p_value = _matched_pairs(differences)
+        assert p_value == pytest.approx(2 * statistics.NormalDist().cdf(-abs(statistic)), abs=0.01)
+    assert _matched_pairs(np.ones(2000, int)) == (math.inf, pytest.approx(0, abs=1e-12))
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 5, 8, 12])
+def test_with_few_blocks_equal_systems_are_not_called_different_more_often_than_the_level_says(num_blocks):
+    draw = np.random.default_rng([7, num_blocks])
+    values = [_matched_pairs(np.diff(draw.binomial(50, 0.2, (num_blocks, 2)))[:, 0])[1] for _ in range(800)]
+    for level in (0.05, 0.1, 0.3):
+        share = np.mean(np.array(values) <= level)
+        assert share <= level + 3 * math.sqrt(level * (1 - level) / 800)
+        if num_blocks >= 8:  # with fewer, the p-values are too few to come near the level
+            assert share >= 0.6 * level
 
 
 def test_equal_systems_are_called_different_about_as_often_as_the_level_says():

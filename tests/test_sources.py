@@ -1,11 +1,12 @@
 """Whatever form data come in, the same speech gives the same features, and every utterance is accounted for."""
 
 import gzip
+import io
 import json
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,14 @@ from lhotse.kaldi import load_kaldi_data_dir
 from tiny_audio import RATE, contents, make_samples, open_config, write_audio, write_data
 
 from teacherstudent.config import Data, Features
-from teacherstudent.data import prepare as prepare_module
-from teacherstudent.data.data_folders import extract_shar, list_audio_folder, list_kaldi, list_shar, make_cut
+from teacherstudent.data.data_folders import (
+    extract_shar,
+    list_audio_folder,
+    list_kaldi,
+    list_shar,
+    make_cut,
+    read_table,
+)
 from teacherstudent.data.dataset import prepared_shards, read_prepared, source_shards
 from teacherstudent.data.features import stack
 from teacherstudent.data.manifests import LABELLED_PARTS, PARTS
@@ -25,12 +32,6 @@ from teacherstudent.data.packed import open_shards
 from teacherstudent.data.prepare import prepare
 from teacherstudent.data.sources import brings_data, import_data
 from teacherstudent.experiment import Experiment
-
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
-
 
 # -- the same speech in every form ---------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ def test_parts_may_lie_in_different_places_and_have_different_forms(tmp_path: Pa
     run(experiment)
     assert experiment.is_done("prepare", ("corpus",))
     assert {name for name in experiment.hashes() if name.startswith("data/")} == {
-        "data/lexicon", "data/test/cuts.000000.jsonl", "data/test/cuts.000001.jsonl.gz"}  # fmt: skip
+        "data/test/cuts.000000.jsonl", "data/test/cuts.000001.jsonl.gz"}  # fmt: skip
     report = json.loads(experiment.path("features", "report.json").read_text())
     assert [report[part]["utterances"] for part in PARTS] == [5, 2, 2, 2]
 
@@ -302,11 +303,11 @@ def test_a_shar_is_unpacked_to_the_samples_that_were_packed(tmp_path: Path) -> N
     write_shar(tmp_path / "shar", "human")
     found = {}
     for number, (cuts, recordings) in enumerate(list_shar(tmp_path / "shar")):
-        for cut in extract_shar(cuts, recordings, tmp_path / "out" / "audio" / f"{number:06d}"):
+        for name, cut in extract_shar(cuts, recordings, tmp_path / "out" / "audio" / f"{number:06d}"):
             assert cut.custom is None
-            found[cut.id] = soundfile.read(
-                tmp_path / "out" / cut.recording.sources[0].source, dtype="float32"
-            )[0]
+            found[name] = soundfile.read(tmp_path / "out" / cut.recording.sources[0].source, dtype="float32")[
+                0
+            ]
     for name, samples, *_ in utterances("human"):
         assert np.array_equal(found[name], samples)
 
@@ -380,6 +381,72 @@ def test_a_segment_that_ends_just_after_its_recording_ends_with_it_and_this_is_t
     assert cuts["x"]["duration"] == pytest.approx(0.1, abs=1e-4)
 
 
+def test_a_line_ends_where_the_file_says_and_nowhere_else(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("a one\u2028two\x85three\r\nb\x0bfour five\x0c\n".encode())
+    assert read_table(tmp_path / "text") == {"a": "one\u2028two\x85three", "b": "four five"}
+
+
+def test_audio_in_folders_that_are_links_is_found(tmp_path: Path) -> None:
+    experiment = bring(tmp_path, write_audio_folder)
+    whole = contents(run(experiment))
+    for part in PARTS:
+        deep, elsewhere = tmp_path / "data" / part / "deep", tmp_path / part
+        deep.rename(elsewhere)
+        deep.symlink_to(elsewhere)
+        (elsewhere / "back").symlink_to(tmp_path / "data" / part)  # a circle
+    assert contents(run(reopen(tmp_path, "other"))) == whole
+
+
+def test_a_data_folder_that_is_a_link_leads_to_the_audio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "far" / "away" / "human"
+    folder.mkdir(parents=True)
+    write_kaldi(folder, "human")
+    (folder / "wav").rename(tmp_path / "wav")
+    (folder / "wav.scp").write_text("".join(f"{name} wav/{name}.wav\n" for name, *_ in utterances("human")))
+    (tmp_path / "human").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for given in (folder, tmp_path / "human", Path("human")):
+        rows = list_kaldi(given, True).rows
+        assert [row.id for row in rows] == [name for name, *_ in utterances("human")]
+        for row in rows:
+            assert make_cut(given, row).num_samples > 0
+            assert not Path(row.audio).is_absolute()
+
+
+def test_audio_that_comes_back_is_imported(tmp_path: Path) -> None:
+    experiment = bring(tmp_path, write_kaldi)
+    audio = tmp_path / "data" / "human" / "wav" / "human-2.wav"
+    audio.rename(tmp_path / "lost.wav")
+    import_data(experiment)
+    assert "human-2" in experiment.path("corpus", "human", "skipped.jsonl").read_text()
+    (tmp_path / "lost.wav").rename(audio)
+    import_data(experiment)
+    assert experiment.path("corpus", "human", "skipped.jsonl").read_text() == ""
+
+
+def test_a_cut_of_a_shar_without_a_recording_is_listed(tmp_path: Path) -> None:
+    experiment = bring(tmp_path, write_shar)
+    path = tmp_path / "data" / "human" / "cuts.000000.jsonl.gz"
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    lost = lines[1]["id"]
+    del lines[1]["recording"]
+    path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    tar = path.with_name("recording.000000.tar")
+    with tarfile.open(tar) as old:
+        members = [(member, old.extractfile(member).read()) for member in old]  # type: ignore[union-attr]
+    with tarfile.open(tar, "w") as new:
+        for member, data in members:
+            name, suffix = member.name.rsplit(".", 1)
+            if name == lost:  # as lhotse writes what is not there
+                member.name, member.size = f"{name}.{'nometa' if suffix == 'json' else 'nodata'}", 0
+            new.addfile(member, io.BytesIO(data[: member.size]))
+    import_data(experiment)
+    [entry] = map(json.loads, experiment.path("corpus", "human", "skipped.jsonl").read_text().splitlines())
+    assert entry == {"id": lost, "reason": "no audio of its own in the tar file"}
+
+
 def hide_audio(data: Path) -> None:
     for name in ("wav.scp", "tape.wav"):
         (data / "dev" / name).rename(data / "dev" / f"{name}.old")
@@ -395,6 +462,8 @@ ERRORS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "a name alone": ("kaldi", lambda d: append(d / "human" / "wav.scp", "x\n"), ["wav.scp, line 6", "'x'"]),
     "a transcript twice": ("audio folder", lambda d: append(d / "human" / "transcripts.txt", "human-0 yes\n"),
                            ["transcripts.txt, line 6", "twice"]),
+    "a segment from nowhere": ("kaldi segments", lambda d: append(d / "human" / "segments", "x tape nan 1\n"),
+                               ["segments", "x tape nan 1", "UTTERANCE RECORDING START END"]),
     "a strange segment": ("kaldi segments", lambda d: append(d / "human" / "segments", "x tape zero 1\n"),
                           ["segments", "x tape zero 1", "UTTERANCE RECORDING START END"]),
     "no text": ("kaldi", lambda d: (d / "human" / "text").unlink(), ["/human/text", "transcripts"]),

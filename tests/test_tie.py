@@ -1,6 +1,5 @@
 """The `senones` step on shards of made-up features and alignments."""
 
-from concurrent.futures import ProcessPoolExecutor as Pool
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from teacherstudent.config import Config, Senones
 from teacherstudent.data.manifests import HUMAN, LABELLED_PARTS
 from teacherstudent.data.packed import PackedShard, PackedWriter, open_shards, shard_path
 from teacherstudent.experiment import Experiment
+from teacherstudent.processes import ProcessMap
 from teacherstudent.tying import tie
 from teacherstudent.tying.events import Statistics, frame_events, tree_features
 from teacherstudent.tying.kaldi_tree import export_kaldi
@@ -155,7 +155,7 @@ def test_the_number_of_processes_changes_no_byte(
     monkeypatch.setattr(tie, "PROCESS_SECONDS", 1.0)
     started = []
     monkeypatch.setattr(
-        tie, "ProcessPoolExecutor", lambda jobs, *rest: started.append(jobs) or Pool(jobs, *rest)
+        tie, "ProcessMap", lambda jobs, *rest: started.append(jobs) or ProcessMap(jobs, *rest)
     )
     parallel = open_experiment(
         tmp_path / "experiment", Senones(target=40, min_count=10, min_gain=5.0, jobs=2)

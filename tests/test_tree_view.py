@@ -6,7 +6,7 @@ import pytest
 from teacherstudent.tying.senones import Inventory
 from teacherstudent.tying.tree_view import describe, show
 
-PHONES = ("SIL", "AE0_B", "AE1_B", "K_B", "K_E", "M_B", "N_B", "T")
+PHONES = ("SIL", "AE0_B", "AE1_B", "K_B", "K_E", "M_B", "N_B", "T_I")
 QUESTIONS = ((6, 7), (3,), (0, 1), (2, 3, 4, 6, 7), (0,), (4, 5), (1,), (4, 6))
 NODES = (
     (1, 1, 1, 2),  # AE, first frame: stress is primary?

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -97,3 +98,41 @@ def test_a_cut_off_last_word_is_aligned_as_far_as_it_goes(inventory, aligner):
         aligner.segments(scores, ("tomb",))
     assert aligner.word_frames(scores, ("tomb",), partial=True) in ([(0, 2)], [(1, 2)])
     assert aligner.word_frames(scores, ()) == []
+
+
+def test_a_last_word_without_a_frame_is_where_the_frames_end(inventory, aligner):
+    """The graph writes a word when the phone before it begins."""
+    scores = random_posteriors(0, 2, inventory.num_senones)
+    spans = aligner.word_frames(scores, ("to", "um"), partial=True)
+    assert spans == [(0, 2), (2, 2)]
+    with pytest.raises(ValueError, match="2 frames are too few for the words 'to um'"):
+        aligner.word_frames(scores, ("to", "um"))
+
+
+def test_words_of_short_utterances_have_times_whatever_the_search_kept(inventory, aligner):
+    graph = Graph.build(LEXICON, inventory, LANGUAGE_MODEL)
+    not_begun = 0
+    for decoder, seed in itertools.product((Decoder(graph, 1.0), Decoder(graph)), range(400)):
+        num_frames = 1 + seed % 5
+        posteriors = 4 * random_posteriors(seed, num_frames, inventory.num_senones)
+        found = decoder(posteriors, inventory.log_priors, 1.0)
+        spans = aligner.word_frames(posteriors - inventory.log_priors, found.words, found.partial)
+        assert len(spans) == len(found.words)
+        edges = [0, *(frame for span in spans for frame in span), num_frames]
+        assert edges == sorted(edges)
+        not_begun += any(start == end for start, end in spans)
+    assert not_begun
+
+
+def test_memory_for_a_long_utterance_grows_with_the_root_of_its_frames(inventory, aligner):
+    words = ("to", "um", "tomb") * 40
+    scores = random_posteriors(0, 2500, inventory.num_senones)
+    num_places = len(aligner._places(words, False).tokens)
+    tracemalloc.start()
+    try:
+        aligner.word_frames(scores, words)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert num_places >= 1000
+    assert peak < 0.8 * len(scores) * num_places  # bytes; places before alone would be four times as many

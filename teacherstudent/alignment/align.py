@@ -13,7 +13,6 @@ import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from teacherstudent.alignment.align_sources import (
     open_sources,
 )
 from teacherstudent.alignment.alignments import (
+    LENGTH_TOLERANCE_SECONDS,
     AlignmentError,
     PhoneNames,
     PhoneSegments,
@@ -39,11 +39,12 @@ from teacherstudent.alignment.alignments import (
     frame_values,
     grid_shifts,
 )
+from teacherstudent.alignment.spelling import check_spelling, spelling_distance
 from teacherstudent.data.dataset import prepared_shards, read_lexicon, read_prepared
 from teacherstudent.data.feature_reader import open_features
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS
-from teacherstudent.data.lexicon import SILENCE
-from teacherstudent.data.manifests import LABELLED_PARTS
+from teacherstudent.data.lexicon import SILENCE, Lexicon
+from teacherstudent.data.manifests import COPY_OF, LABELLED_PARTS, original_of, transcript_of
 from teacherstudent.data.packed import PackedWriter, shard_number, shard_path
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import write_json, write_text
@@ -61,13 +62,23 @@ class Phones:
 
     arrays = PHONE_ARRAYS
 
-    def __init__(self, phones: Sequence[str], word_positions: bool) -> None:
-        self.header = {"phones": [SILENCE, *phones]}
-        self._names = PhoneNames(frozenset(phones), word_positions)
+    def __init__(self, lexicon: Lexicon, word_positions: bool) -> None:
+        self.header = {"phones": [SILENCE, *lexicon.phones]}
+        self._lexicon = lexicon
+        self._names = PhoneNames(frozenset(lexicon.phones), word_positions)
         self._ids = {phone: index for index, phone in enumerate(self.header["phones"], 1)}
 
     def rename(self, segments: PhoneSegments) -> PhoneSegments:
         return self._names.rename(segments)
+
+    def check(self, segments: PhoneSegments, cut: Cut) -> None:
+        if (transcript := _find_transcript(cut)) is not None:
+            check_spelling(segments, transcript, self._lexicon)
+
+    def is_spelt(self, segments: PhoneSegments, cut: Cut) -> bool:
+        """Exactly as the lexicon says."""
+        transcript = _find_transcript(cut)
+        return transcript is not None and not spelling_distance(segments, transcript, self._lexicon)
 
     def label(self, segments: PhoneSegments, num_frames: int) -> dict[str, np.ndarray]:
         ids = [self._ids[phone] for phone in segments.phones]
@@ -75,8 +86,15 @@ class Phones:
         return {"phone": phone, "first": first}
 
 
+def _find_transcript(cut: Cut) -> str | None:
+    """None where some of it was cut off."""
+    ends = (cut.duration + LENGTH_TOLERANCE_SECONDS, -LENGTH_TOLERANCE_SECONDS)
+    whole = all(part.end <= ends[0] and part.start >= ends[1] for part in cut.supervisions)
+    return transcript_of(cut) if whole else None
+
+
 class Pdfs:
-    """Labels frames with the pdfs of Kaldi's tree."""
+    """Labels frames with the pdfs of Kaldi's tree, which do not tell what was said."""
 
     arrays = PDF_ARRAYS
 
@@ -84,14 +102,17 @@ class Pdfs:
         self.header = {"num_pdfs": num_pdfs}
 
     def rename(self, segments: PhoneSegments) -> PhoneSegments:
-        highest = max(map(int, segments.phones))
+        highest = max(map(int, segments.phones), default=-1)
         if highest >= self.header["num_pdfs"]:
             raise AlignmentError(f"alignment of another tree: pdf {highest} of {self.header['num_pdfs']}")
         return segments
 
+    def check(self, segments: PhoneSegments, cut: Cut) -> None:
+        pass
+
     def label(self, segments: PhoneSegments, num_frames: int) -> dict[str, np.ndarray]:
         pdfs = np.array(list(map(int, segments.phones)), np.int32)
-        return {"pdf": frame_values(segments.starts, pdfs, num_frames)}
+        return {"pdf": frame_values(segments.starts, segments.ends, pdfs, num_frames)}
 
 
 @dataclass
@@ -103,6 +124,7 @@ class _Sums:
     seconds: float = 0.0
     aligned_seconds: float = 0.0
     speech_seconds: float = 0.0
+    spelt: int = 0  # utterances whose phones are exactly those that the lexicon has for the transcript
     grid: Shifts = field(default_factory=Shifts)  # of frames against the alignment that they were made of
     cuts: Shifts = field(default_factory=Shifts)  # of the alignment against the cuts' own phones
 
@@ -112,6 +134,7 @@ class _Sums:
         self.seconds += other.seconds
         self.aligned_seconds += other.aligned_seconds
         self.speech_seconds += other.speech_seconds
+        self.spelt += other.spelt
         self.grid.merge(other.grid)
         self.cuts.merge(other.cuts)
 
@@ -169,7 +192,7 @@ def _open_labels(experiment: Experiment, sources: dict[str, Source]) -> Phones |
         part for part, source in sources.items() if isinstance(source, KaldiSource) and source.model is None
     ]
     if not without_model:
-        return Phones(read_lexicon(experiment).phones, experiment.config.data.word_positions)
+        return Phones(read_lexicon(experiment), experiment.config.data.word_positions)
     if len(without_model) < len(sources):
         raise ValueError(
             f"align.folder: {', '.join(without_model)} has no final.mdl, other parts have one: all or none is needed"
@@ -197,10 +220,12 @@ class _Aligner:
                 sums.seconds += cut.duration
                 try:
                     segments = labels.rename(find(cut))
+                    if source.knows_ids_alone:
+                        labels.check(segments, cut)
+                    arrays = labels.label(segments, lengths[cut.id])
                 except AlignmentError as error:
                     sums.skipped.append({"id": cut.id, "kind": error.kind, "reason": str(error)})
                     continue
-                arrays = labels.label(segments, lengths[cut.id])
                 writer.write(cut.id, **arrays)
                 self._measure(sums, source, cut, segments, arrays)
             write_json(_summary(output), sums.as_dict())  # before the shard, which says that both are there
@@ -213,6 +238,7 @@ class _Aligner:
         if isinstance(self._labels, Pdfs):
             return
         sums.speech_seconds += float(lengths[segments.spoken].sum())
+        sums.spelt += self._labels.is_spelt(segments, cut)
         sums.grid.add(grid_shifts(segments, arrays["phone"], arrays["first"]))
         if isinstance(source, CutSource):
             return
@@ -232,18 +258,18 @@ class _Originals:
         self._found: dict[str, PhoneSegments | AlignmentError] = {}
 
     def __call__(self, cut: Cut) -> PhoneSegments:
-        custom = cut.custom or {}
-        if "original" not in custom:
+        name = original_of(cut)
+        if name is None:
             try:
                 self._found[cut.id] = self._find(cut)
             except AlignmentError as error:
                 self._found[cut.id] = error
-        original = self._found.get(custom.get("original", cut.id))
+        original = self._found.get(name or cut.id)
         if original is None:
-            raise AlignmentError(f"a copy without its original in the shard: {custom['original']!r}")
+            raise AlignmentError(f"a copy without its original in the shard: {name!r}")
         if isinstance(original, AlignmentError):
             raise AlignmentError(str(original))
-        return original.at_speed(custom["speed"]) if "speed" in custom else original
+        return original if name is None else original.at_speed(cut.custom[COPY_OF].get("speed", 1.0))
 
 
 def _report(experiment: Experiment, sources: dict[str, dict[str, object]]) -> list[Path]:
@@ -283,7 +309,8 @@ def _report(experiment: Experiment, sources: dict[str, dict[str, object]]) -> li
 
 def _summarise(sums: _Sums) -> dict[str, Any]:
     dropped = Counter(row["kind"] for row in sums.skipped)
-    speech = sums.grid.utterances and sums.speech_seconds / max(sums.aligned_seconds, 1e-9)
+    known = sums.grid.utterances  # whose phones are: not of pdfs
+    speech = known and sums.speech_seconds / max(sums.aligned_seconds, 1e-9)
     return {
         "utterances": sums.utterances,
         "aligned": sums.utterances - len(sums.skipped),
@@ -291,6 +318,7 @@ def _summarise(sums: _Sums) -> dict[str, Any]:
         "seconds": round(sums.seconds, 2),
         "coverage": round(sums.aligned_seconds / max(sums.seconds, 1e-9), 4),
         "speech_share": round(speech, 4),
+        "spelt_as_in_lexicon": round(sums.spelt / known, 4) if known else None,
         "frames_after_alignment": sums.grid.summary(),
         "alignment_after_cuts": sums.cuts.summary(),
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from lhotse import SupervisionSegment
-from lhotse.cut import Cut, MixedCut
+from lhotse.cut import Cut
 
 from teacherstudent import wheels
 from teacherstudent.alignment import ctm, textgrid
@@ -40,6 +40,7 @@ class Source(ABC):
     """Of one part's alignments; may be pickled."""
 
     knows_copies = False  # in other conditions: otherwise theirs follow from the original's
+    knows_ids_alone = False  # so that what it has for an id may be other speech
 
     @property
     def offset_seconds(self) -> float:
@@ -65,37 +66,27 @@ class CutSource(Source):
 
 def cut_segments(cut: Cut) -> PhoneSegments:
     """Of a cut's own alignment items."""
-    tracks = (
-        [(track.cut, track.offset) for track in cut.tracks] if isinstance(cut, MixedCut) else [(cut, 0.0)]
-    )
-    parts = [_of_items(part).within(-offset, cut.duration) for part, offset in tracks if _has_phones(part)]
-    if not parts:
+    phones = _items(cut, _PHONES)
+    if not phones:
         raise AlignmentError(
             "no phone alignment in the cut: each supervision needs alignment={'phone': [...]}, or align.source says "
             "where the alignments are"
         )
-    return PhoneSegments.join(parts)
+    words = [item for item in _items(cut, _WORDS) if item[2]]
+    return PhoneSegments.of(phones, words or None).within(cut.start, cut.duration)
 
 
 _PHONES, _WORDS = ("phone", "phones"), ("word", "words")
 
 
-def _has_phones(cut: Cut) -> bool:
-    return any(
-        (supervision.alignment or {}).get(kind) for supervision in cut.supervisions for kind in _PHONES
-    )
+def _items(cut: Cut, kinds: Sequence[str]) -> list[tuple[float, float, str]]:
+    """(start, end, symbol) in time of the recording: from its beginning lhotse counts, also when it cuts."""
+    return [item for supervision in cut.supervisions for item in _items_of(cut, supervision, kinds)]
 
 
-def _of_items(cut: Cut) -> PhoneSegments:
-    """lhotse tells the times of items from the beginning of the recording, and keeps them when it cuts."""
-    phones = [item for supervision in cut.supervisions for item in _items(cut, supervision, _PHONES)]
-    words = [item for supervision in cut.supervisions for item in _items(cut, supervision, _WORDS)]
-    said = [(start, end) for start, end, word in words if word]
-    return PhoneSegments.of(phones, said or None).within(cut.start, cut.duration)
-
-
-def _items(cut: Cut, supervision: SupervisionSegment, kinds: Sequence[str]) -> list[tuple[float, float, str]]:
-    """(start, end, symbol) in time of the recording."""
+def _items_of(
+    cut: Cut, supervision: SupervisionSegment, kinds: Sequence[str]
+) -> list[tuple[float, float, str]]:
     begin, end = (round(time + cut.start, 8) for time in (supervision.start, supervision.end))
     items = [item for kind in kinds for item in (supervision.alignment or {}).get(kind, ())]
     for item in items:
@@ -142,6 +133,8 @@ def _stored_segments(entries: Mapping[str, dict], cut: Cut) -> PhoneSegments:
 class FileSource(Source):
     """Alignments in files that know utterances by id, through an index of them."""
 
+    knows_ids_alone = True
+
     index: AlignmentIndex
 
     def open(self, number: int) -> Segments:
@@ -164,7 +157,7 @@ class FileSource(Source):
                 part = self.parse(supervision.id, record, supervision.duration)
                 parts.append(part.within(-supervision.start, cut.duration))
             return PhoneSegments.join(parts)
-        if not isinstance(cut, MixedCut) and cut.has_recording:
+        if cut.has_recording:
             record = self.index[cut.recording.id]
             if record is not None:
                 whole = self.parse(cut.recording.id, record, cut.recording.duration)
@@ -202,7 +195,10 @@ _names = cache(read_phone_names)
 
 @dataclass(frozen=True)
 class CtmSource(FileSource):
-    """*.ctm; words: those of words.ctm. frames: by whose numbers Kaldi told the time, with snip_edges."""
+    """*.ctm; words: those of words.ctm. frames: by whose numbers Kaldi told the time.
+
+    Of snip_edges = false and the shift of 10 ms these are true times, and so are those of other aligners.
+    """
 
     words: AlignmentIndex | None
     names: Path | None
@@ -210,7 +206,7 @@ class CtmSource(FileSource):
 
     @property
     def offset_seconds(self) -> float:
-        return self.frames.offset_seconds if self.frames.snip_edges else 0.0
+        return self.frames.offset_seconds
 
     def parse(self, utterance_id: str, record: Record, duration: float) -> PhoneSegments:
         assert isinstance(record, str)

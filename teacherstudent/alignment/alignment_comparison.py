@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacherstudent.alignment.alignments import PhoneSegments
-from teacherstudent.data.lexicon import SILENCE, base_phone
+from teacherstudent.data.lexicon import SILENCE, base_phones
 
 PHONE_CLASSES = {
     "silence": SILENCE,
@@ -31,7 +31,7 @@ VOWEL = "vowel"  # every other phone
 
 def phone_class(phone: str) -> str:
     """Of ARPAbet phones, marked by stress and place in the word or not."""
-    base = base_phone(phone)
+    (base,) = base_phones([phone])
     return next((name for name, members in PHONE_CLASSES.items() if base in members.split()), VOWEL)
 
 

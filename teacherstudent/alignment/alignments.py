@@ -30,18 +30,21 @@ class AlignmentError(ValueError):
         return str(self).partition(":")[0]
 
 
+Word = tuple[float, float, str]  # start, end, and what it is; "" for one of which most was cut off
+
+
 @dataclass(frozen=True)
 class PhoneSegments:
     """The phones of one utterance, one after the other.
 
-    starts, ends: (N,) seconds from the utterance's beginning, ascending. phones: N symbols. words: (W, 2) starts
-    and ends of its words, None where the source has none. Raises AlignmentError for times that go backwards.
+    starts, ends: (N,) seconds from the utterance's beginning, ascending. phones: N symbols. words: W of them in
+    order, None where the source has none. Raises AlignmentError for times that go backwards.
     """
 
     starts: NDArray[np.float64]
     ends: NDArray[np.float64]
     phones: tuple[str, ...]
-    words: NDArray[np.float64] | None = None
+    words: tuple[Word, ...] | None = None
 
     def __post_init__(self) -> None:
         starts, ends = (
@@ -65,18 +68,18 @@ class PhoneSegments:
 
     @classmethod
     def of(
-        cls, phones: Iterable[tuple[float, float, str]], words: Iterable[tuple[float, float]] | None = None
+        cls, phones: Iterable[tuple[float, float, str]], words: Iterable[Word] | None = None
     ) -> "PhoneSegments":
-        """From (start, end, symbol) and the (start, end) of words, both in any order."""
+        """From (start, end, symbol), and words, both in any order."""
         ordered = sorted(phones, key=lambda segment: segment[:2])
-        times = None if words is None else np.array(sorted(words), np.float64).reshape(-1, 2)
         starts, ends, symbols = zip(*ordered) if ordered else ((), (), ())
-        return cls(np.array(starts, np.float64), np.array(ends, np.float64), symbols, times)
+        said = None if words is None else tuple(sorted(words))
+        return cls(np.array(starts, np.float64), np.array(ends, np.float64), symbols, said)
 
     def at_speed(self, speed: float) -> "PhoneSegments":
         """Of the same utterance played `speed` times as fast."""
-        words = None if self.words is None else self.words / speed
-        return PhoneSegments(self.starts / speed, self.ends / speed, self.phones, words)
+        words = [(start / speed, end / speed, word) for start, end, word in self.words or ()]
+        return self._like(self.starts / speed, self.ends / speed, words)
 
     def within(self, start: float, duration: float) -> "PhoneSegments":
         """The part from `start` seconds on, which becomes 0; what lies outside is cut off."""
@@ -84,8 +87,12 @@ class PhoneSegments:
         inside = (self.ends > start) & (self.starts < end)
         phones = tuple(phone for phone, kept in zip(self.phones, inside) if kept)
         starts, ends = (np.clip(times[inside], start, end) - start for times in (self.starts, self.ends))
-        words = None if self.words is None else np.clip(self.words - start, 0.0, duration)
-        return PhoneSegments(starts, ends, phones, words)
+        words = [
+            (max(begin - start, 0.0), min(stop - start, duration), word * (start <= (begin + stop) / 2 < end))
+            for begin, stop, word in self.words or ()
+            if stop > start and begin < end
+        ]
+        return PhoneSegments(starts, ends, phones, None if self.words is None else tuple(words))
 
     def later(self, offset: float, duration: float) -> "PhoneSegments":
         """By `offset` seconds, but for the first phone if it begins with the audio and the last if it ends with it."""
@@ -93,15 +100,19 @@ class PhoneSegments:
         starts[self.starts == 0] = 0.0
         if len(ends) and duration - self.ends[-1] <= LENGTH_TOLERANCE_SECONDS:
             ends[-1] = duration
-        words = None if self.words is None else self.words + offset
-        return PhoneSegments(starts, ends, self.phones, words)
+        words = [(start + offset, end + offset, word) for start, end, word in self.words or ()]
+        return self._like(starts, ends, words)
+
+    def _like(self, starts: NDArray, ends: NDArray, words: Iterable[Word]) -> "PhoneSegments":
+        return PhoneSegments(starts, ends, self.phones, None if self.words is None else tuple(words))
 
     @classmethod
     def join(cls, parts: Sequence["PhoneSegments"]) -> "PhoneSegments":
         """Of one utterance's parts, in any order."""
         phones = [segment for part in parts for segment in zip(part.starts, part.ends, part.phones)]
-        words = [part.words for part in parts if part.words is not None]
-        return cls.of(phones, np.concatenate(words).tolist() if 0 < len(words) == len(parts) else None)
+        known = [part.words for part in parts if part.words is not None]
+        words = [word for several in known for word in several]
+        return cls.of(phones, words if 0 < len(known) == len(parts) else None)
 
     @property
     def spoken(self) -> NDArray[np.bool_]:
@@ -149,14 +160,14 @@ class PhoneNames:
                 "of the words (lhotse 'word' items, words.ctm, a 'words' tier); or set data.word_positions = false"
             )
         middles = (segments.starts + segments.ends) / 2
-        begun = np.searchsorted(segments.words[:, 0], middles, side="right") - 1
+        begun = np.searchsorted([start for start, _, _ in segments.words], middles, side="right") - 1
         marked = list(names)
         members: dict[int, list[int]] = {}
         for place, name in enumerate(names):
             if name == SILENCE:
                 continue
             word = int(begun[place])
-            if word < 0 or middles[place] > segments.words[word, 1]:
+            if word < 0 or middles[place] > segments.words[word][1]:
                 raise AlignmentError(f"phones in no word: {name} at {segments.starts[place]:g} s")
             members.setdefault(word, []).append(place)
         for places in members.values():
@@ -187,10 +198,21 @@ def frame_labels(
 
 
 def frame_values(
-    starts: NDArray[np.float64], values: NDArray[np.int32], num_frames: int
+    starts: NDArray[np.float64], ends: NDArray[np.float64], values: NDArray[np.int32], num_frames: int
 ) -> NDArray[np.int32]:
-    """(num_frames,) the value that holds at each 30 ms frame's centre, where values[i] holds from starts[i] on."""
-    segment = np.searchsorted(starts, frame_centres(num_frames), side="right") - 1
+    """(num_frames,) the value that holds at each 30 ms frame's centre, where values[i] holds from starts[i] on.
+
+    Raises AlignmentError where none holds for longer than rounding explains: nothing says what silence's value is.
+    """
+    centres = frame_centres(num_frames)
+    from_, to = np.append(0.0, ends), np.append(starts, centres[-1:])
+    place = int(np.argmax(to - from_))
+    if to[place] - from_[place] > LENGTH_TOLERANCE_SECONDS or not len(values):
+        raise AlignmentError(
+            f"a gap in an alignment of pdfs: from {from_[place]:.2f} to {to[place]:.2f} s; pdf ids are needed for all "
+            "of a cut"
+        )
+    segment = np.searchsorted(starts, centres, side="right") - 1
     return values[np.maximum(segment, 0)]
 
 

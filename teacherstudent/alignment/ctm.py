@@ -5,6 +5,7 @@ the file then names them.
 """
 
 import gzip
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -23,14 +24,14 @@ def read_lines(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
                 lines = (line for line in file if line.strip() and not line.startswith(";;"))
                 for utterance, its in groupby(lines, key=lambda line: line.split(maxsplit=1)[0]):
                     yield utterance, "".join(line if line.endswith("\n") else line + "\n" for line in its)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}. A CTM file is text, gzipped or not") from None
 
 
 def parse_lines(lines: str) -> list[Segment]:
     """Raises AlignmentError for a line that is none of a CTM."""
     segments = []
-    for line in lines.splitlines():
+    for line in lines.removesuffix("\n").split("\n"):
         fields = line.split()
         try:
             start, duration = float(fields[2]), float(fields[3])
@@ -53,5 +54,5 @@ def phones_of(lines: str, names: Mapping[int, str]) -> list[Segment]:
     return [(start, end, names[int(symbol)]) for start, end, symbol in segments]
 
 
-def words_of(lines: str) -> list[tuple[float, float]]:
-    return [(start, end) for start, end, word in parse_lines(lines) if word not in _NO_WORDS]
+def words_of(lines: str) -> list[Segment]:
+    return [segment for segment in parse_lines(lines) if segment[2] not in _NO_WORDS]

@@ -13,15 +13,12 @@ training goes on from the last iteration, and gives the same.
 """
 # P pdfs, E events, M moments
 
-import multiprocessing
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -35,10 +32,10 @@ from teacherstudent.data.features import FRAME_SHIFT_SECONDS
 from teacherstudent.data.lexicon import SILENCE
 from teacherstudent.data.manifests import HUMAN, LABELLED_PARTS
 from teacherstudent.experiment import Experiment
+from teacherstudent.processes import ProcessMap
 from teacherstudent.progress import HoursBar, hours_bar
 
 _GROWING_SHARE = 0.8  # of the iterations: then the number of components stays
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def train_and_align(experiment: Experiment) -> Path:
     monophone = Stage("monophone", settings.monophone_iterations, settings.monophone_gaussians, models)
     triphone = Stage("triphone", settings.triphone_iterations, settings.triphone_gaussians, models)
     shards = {part: _open_shards(experiment, part) for part in LABELLED_PARTS}
-    with _Processes(settings.jobs, (settings, lexicon, experiment.config.seed)) as processes:
+    with ProcessMap(settings.jobs, _make_worker, settings, lexicon, experiment.config.seed) as processes:
         trainer = _Trainer(experiment, shards[HUMAN], processes)
         trainer.train_monophones(monophone)
         if settings.triphone_leaves:
@@ -102,7 +99,7 @@ def train_and_align(experiment: Experiment) -> Path:
 class _Trainer:
     """Fits models to the human-labelled part."""
 
-    def __init__(self, experiment: Experiment, shards: Sequence[Shard], processes: "_Processes") -> None:
+    def __init__(self, experiment: Experiment, shards: Sequence[Shard], processes: ProcessMap) -> None:
         self._settings, self._seed = experiment.config.align, experiment.config.seed
         self._phones = (SILENCE, *read_lexicon(experiment).phones)
         self._shards = _thin_out(shards, self._settings.training_hours)
@@ -161,9 +158,9 @@ class _Trainer:
             stage.save(mixtures, iteration + 1)
 
     def _accumulate(self, models: Models, bar: HoursBar) -> Sums:
-        tasks = [(models, shard) for shard in self._shards]
+        tasks = [(ShardWorker.accumulate, models, shard) for shard in self._shards]
         total: Sums | None = None
-        for sums, seconds in zip(self._processes.map(ShardWorker.accumulate, tasks), self._seconds):
+        for sums, seconds in zip(self._processes.map(tasks), self._seconds):
             if total is None:
                 total = sums
             else:
@@ -175,11 +172,10 @@ class _Trainer:
 
     def _observe(self, monophone: Stage, bar: HoursBar) -> tuple[Integers, Floats]:
         """Events (E, 4) of all shards, and their moments (E, M)."""
-        tasks = [
-            (Models(monophone.tied, monophone.mixtures(monophone.last)), shard) for shard in self._shards
-        ]
+        models = Models(monophone.tied, monophone.mixtures(monophone.last))
+        tasks = [(ShardWorker.observe, models, shard) for shard in self._shards]
         events, moments = np.zeros((0, 4), np.int64), np.zeros((0, 1 + 2 * NUM_FEATURES))
-        for (more, their), seconds in zip(self._processes.map(ShardWorker.observe, tasks), self._seconds):
+        for (more, their), seconds in zip(self._processes.map(tasks), self._seconds):
             events, moments = sum_events(np.concatenate([events, more]), np.concatenate([moments, their]))
             bar.update(seconds)
         return events, moments
@@ -188,11 +184,14 @@ class _Trainer:
         """Before hours are spent on what cannot be right."""
         failed, allowed = sums.failures.total(), self._settings.max_dropped_share
         if failed > allowed * sums.num_utterances or failed == sums.num_utterances:
-            reasons = "; ".join(f"{count} times: {kind}" for kind, count in sums.failures.most_common())
+            told = "\n".join(
+                f"  {count} x {sums.examples[kind][0][1]} ({', '.join(name for name, _ in sums.examples[kind])})"
+                for kind, count in sums.failures.most_common()
+            )
             raise ValueError(
                 f"{failed} of {sums.num_utterances} human-labelled utterances cannot be aligned, more than "
-                f"align.max_dropped_share = {allowed:g} allows ({reasons}). Add the words to the lexicon, set "
-                "align.unknown_word, or correct the transcripts"
+                f"align.max_dropped_share = {allowed:g} allows:\n{told}\n"
+                "Add the words to the lexicon, set align.unknown_word, or correct the transcripts"
             )
 
 
@@ -213,50 +212,19 @@ def _thin_out(shards: Sequence[Shard], hours: float) -> list[Shard]:
     return [shards[index * len(shards) // count] for index in range(count)]
 
 
-def _write_segments(processes: "_Processes", final: Stage, shards: Sequence[Shard], folder: Path) -> None:
+def _write_segments(processes: ProcessMap, final: Stage, shards: Sequence[Shard], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     models = Models(final.tied, final.mixtures(final.last))
     outputs = [folder / f"segments.{number:06d}.jsonl" for number in range(len(shards))]
     missing = [(shard, output) for shard, output in zip(shards, outputs) if not output.exists()]
-    tasks = [(models, shard, output) for shard, output in missing]
+    tasks = [(ShardWorker.write_segments, models, shard, output) for shard, output in missing]
     seconds = [_seconds(shard) for shard, _ in missing]
     with hours_bar(sum(seconds), f"align {folder.name}") as bar:
-        for _, done in zip(processes.map(ShardWorker.write_segments, tasks), seconds):
+        for _, done in zip(processes.map(tasks), seconds):
             bar.update(done)
 
 
-_worker: ShardWorker | None = None  # of this process, where it is one of _Processes'
-
-
-def _start(*arguments: Any) -> None:
-    global _worker
-    _worker = ShardWorker(*arguments)
-
-
-def _call(method: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
-    assert _worker is not None
-    return method(_worker, *arguments)
-
-
-class _Processes:
-    """A ShardWorker in each of so many spawned processes, for as long as the block lasts; one works in this process."""
-
-    def __init__(self, jobs: int, arguments: tuple[Any, ...]) -> None:
-        self._arguments = arguments
-        self._pool: ProcessPoolExecutor | None = None
-        if jobs > 1:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=arguments)
-
-    def __enter__(self) -> "_Processes":
-        if self._pool is None:
-            _start(*self._arguments)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def map(self, method: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Result]:
-        """What the method returns for the arguments of each task, in order."""
-        return (map if self._pool is None else self._pool.map)(partial(_call, method), tasks)
+def _make_worker(*arguments: Any) -> Callable[[tuple[Any, ...]], Any]:
+    """A method of ShardWorker with what it takes -> what it returns."""
+    worker = ShardWorker(*arguments)
+    return lambda task: task[0](worker, *task[1:])

@@ -22,10 +22,11 @@ from teacherstudent.config import Align
 from teacherstudent.data.feature_reader import FeatureShard
 from teacherstudent.data.features import STACKED_FRAMES
 from teacherstudent.data.lexicon import SILENCE, Lexicon
-from teacherstudent.data.manifests import read_cuts
+from teacherstudent.data.manifests import original_of, read_cuts, transcript_of
 from teacherstudent.files import write_text
 
 _BATCH_FRAMES = 50_000  # whose posteriors are computed together
+NUM_EXAMPLES = 3  # of utterances without a path, in a message
 _NUM_MOMENTS = 1 + 2 * mfcc.NUM_FEATURES
 
 Found = tuple[
@@ -56,6 +57,9 @@ class Sums:
     num_frames: int = 0
     num_utterances: int = 0
     failures: Counter[str] = field(default_factory=Counter)  # utterances without a path, by kind
+    examples: dict[str, list[tuple[str, str]]] = field(
+        default_factory=dict
+    )  # (id, reason), a few of each kind
 
     def add(self, other: "Sums") -> None:
         self.moments += other.moments
@@ -63,6 +67,18 @@ class Sums:
         self.num_frames += other.num_frames
         self.num_utterances += other.num_utterances
         self.failures += other.failures
+        for examples in other.examples.values():
+            for example in examples:
+                self._exemplify(*example)
+
+    def fail(self, utterance_id: str, error: AlignmentError) -> None:
+        self.failures[error.kind] += 1
+        self._exemplify(utterance_id, str(error))
+
+    def _exemplify(self, utterance_id: str, reason: str) -> None:
+        examples = self.examples.setdefault(AlignmentError(reason).kind, [])
+        if len(examples) < NUM_EXAMPLES:
+            examples.append((utterance_id, reason))
 
 
 class ShardWorker:
@@ -120,7 +136,7 @@ class ShardWorker:
 
     def _open(self, models: Models, shard: Shard) -> tuple[TiedStates, TrainingGraphs]:
         tied = TiedStates.load(models.tied)
-        words = {word for cut in _originals(shard) for word in _transcript(cut).split()}
+        words = {word for cut in _originals(shard) for word in transcript_of(cut).split()}
         words.add(self._settings.unknown_word)
         known = self._lexicon.pronunciations
         said = Lexicon(
@@ -135,7 +151,7 @@ class ShardWorker:
         for cut in _originals(shard):
             features = _extract(cut, shard.features)
             try:
-                graph = graphs.compile(_transcript(cut), len(features))
+                graph = graphs.compile(transcript_of(cut), len(features))
                 if scorer is None:
                     seed = zlib.crc32(f"{self._seed} {cut.id}".encode()) >> 1  # the wheel takes 31 bits
                     yield cut.id, features, graphs.equal_path(graph, len(features), seed)
@@ -147,12 +163,7 @@ class ShardWorker:
 
 def _originals(shard: Shard) -> Iterator[Cut]:
     """Copies in other conditions are left out: their alignment is that of the original."""
-    return (cut for cut in read_cuts(shard.cuts) if "original" not in (cut.custom or {}))
-
-
-def _transcript(cut: Cut) -> str:
-    supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
-    return " ".join(supervision.text or "" for supervision in supervisions)
+    return (cut for cut in read_cuts(shard.cuts) if original_of(cut) is None)
 
 
 def _extract(cut: Cut, features: FeatureShard) -> Floats:
@@ -165,13 +176,13 @@ def _extract(cut: Cut, features: FeatureShard) -> Floats:
 
 
 def _count(sums: Sums, found: Iterator[Found]) -> Iterator[tuple[Floats, StatePath]]:
-    for _, features, path in found:
+    for name, features, path in found:
         sums.num_utterances += 1
         if isinstance(path, StatePath):
             sums.num_frames += len(features)
             yield features, path
         else:
-            sums.failures[path.kind] += 1
+            sums.fail(name, path)
 
 
 def _batches(found: Iterator[tuple[Floats, StatePath]]) -> Iterator[tuple[Floats, Integers]]:

@@ -152,7 +152,7 @@ def pdf_segments(ids: NDArray[np.int32], frames: KaldiFrames, duration: float) -
 def read_phone_names(path: Path) -> dict[int, str]:
     """phones.txt: `name number` a line. Raises ValueError naming file and line."""
     names = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         words = line.split()
         if not words:
             continue
@@ -168,7 +168,7 @@ def read_archives(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
         with gzip.open(path, "rb") as file:
             try:
                 yield from _read_archive(file)
-            except (OSError, EOFError, ValueError, zlib.error) as error:
+            except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
                 raise ValueError(
                     f"{path}: {error}. A gzipped Kaldi archive of transition or pdf ids is needed, whole, as the "
                     "alignment scripts write it"
@@ -190,16 +190,16 @@ def _read_archive(file: gzip.GzipFile) -> Iterator[tuple[str, bytes]]:
             line = file.readline()
             if not line.endswith(b"\n"):
                 raise ValueError(f"utterance {key!r} has no end of its line")
-            ids = np.array(line.split(), dtype="S11").astype("<i4")
+            ids = np.array([int(word) for word in line.split()], "<i4")
         yield key, pack(ids)
 
 
 def _read_key(file: gzip.GzipFile) -> str:
-    """Up to the space after it; empty at the end of the file."""
+    """Up to the space after it, without empty lines before it; empty at the end of the file."""
     key = b""
     while (byte := file.read(1)) not in (b" ", b""):
         key += byte
-    return key.decode("utf-8")
+    return key.decode("utf-8").lstrip("\n")
 
 
 def _take(file: gzip.GzipFile, size: int, key: str) -> bytes:

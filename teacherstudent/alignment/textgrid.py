@@ -10,6 +10,7 @@ from typing import Any
 
 from teacherstudent import wheels
 from teacherstudent.alignment.alignments import AlignmentError, PhoneSegments
+from teacherstudent.files import walk_files
 
 EXTRA = "align"
 _SUFFIX = ".textgrid"
@@ -17,13 +18,13 @@ _SUFFIX = ".textgrid"
 
 def find_textgrids(folder: Path) -> Iterator[tuple[str, str]]:
     """(file name without its ending, path within the folder), in any depth: speaker/utterance.TextGrid."""
-    for path in sorted(folder.rglob("*")):
+    for path in walk_files(folder):
         if path.suffix.lower() == _SUFFIX:
             yield path.stem, path.relative_to(folder).as_posix()
 
 
 def read_textgrid(path: Path) -> tuple[PhoneSegments, float]:
-    """Its phones, with the times of its words if it has such a tier, and the end of its time line in seconds.
+    """Its phones, with its words if it has such a tier, and the end of its time line in seconds.
 
     Intervals without a label are gaps. Raises AlignmentError for a file that is no TextGrid or has no such tier.
     """
@@ -37,8 +38,7 @@ def read_textgrid(path: Path) -> tuple[PhoneSegments, float]:
         raise AlignmentError(
             f'a TextGrid without a tier "phones": it has {", ".join(grid.tierNames) or "none"}'
         )
-    times = None if words is None else [(start, end) for start, end, _ in words]
-    return PhoneSegments.of(phones, times), float(grid.maxTimestamp)
+    return PhoneSegments.of(phones, words), float(grid.maxTimestamp)
 
 
 def _labels(grid: Any, kind: str) -> list[tuple[float, float, str]] | None:

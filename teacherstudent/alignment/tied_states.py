@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from teacherstudent.data.lexicon import base_phone
+from teacherstudent.data.lexicon import base_phones
 from teacherstudent.files import write_json
 from teacherstudent.tying.decision_tree import Question, Splitter, cluster, grow
 from teacherstudent.tying.event_map import PDF_CLASS, Constant, ContextDependency, EventMap, Split, Table
@@ -29,7 +29,7 @@ Integers = NDArray[np.int64]
 def find_bases(phones: Sequence[str]) -> Integers:
     """The base phone, from 1, of every phone: (P,), in the order in which they are met."""
     numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(base_phone(phone), len(numbers) + 1) for phone in phones])
+    return np.array([numbers.setdefault(base, len(numbers) + 1) for base in base_phones(phones)])
 
 
 def num_states(base: int, states: int) -> int:

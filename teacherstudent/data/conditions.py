@@ -2,11 +2,11 @@
 
 A copy is a lhotse cut of the original's audio whose custom fields say what is done to it when it is read:
 
-    original     id of the utterance that it is a copy of
     condition    "speed0.9", "snr10", "reverb"
-    speed        times as fast: done by lhotse as the audio is read; supervisions and alignments are scaled with it
-    added_noise  {"sound": path inside conditions.noise_folder, "offset_seconds", "snr_db"}
-    reverberation   path of the impulse response inside conditions.impulse_response_folder
+    copy_of      {"id": of the original} and one of
+      speed          times as fast: done by lhotse as the audio is read; supervisions and alignments are scaled with it
+      added_noise    {"sound": path inside conditions.noise_folder, "offset_seconds", "snr_db"}
+      reverberation  path of the impulse response inside conditions.impulse_response_folder
 
 The signal-to-noise ratio is that of the mean squares of the whole utterance and of the noise under it, as in lhotse's
 mix(snr=…). Noise that is too short is repeated. Reverberation is lhotse's: the response's strongest sample falls on
@@ -28,6 +28,8 @@ from lhotse.augmentation import ReverbWithImpulseResponse
 from lhotse.utils import fastcopy
 
 from teacherstudent.config import Conditions
+from teacherstudent.data.manifests import COPY_OF
+from teacherstudent.files import walk_files
 from teacherstudent.synthesis.noise import mean_square, mix
 
 _SUFFIXES = (".wav", ".flac")
@@ -59,11 +61,7 @@ class Sounds:
 
 def list_audio(folder: Path) -> list[Path]:
     """WAV and FLAC files at any depth, in the order of their paths."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-    )
+    return [path for path in walk_files(folder) if path.suffix.lower() in _SUFFIXES]
 
 
 def _find(folder: str, setting: str) -> tuple[Sound, ...]:
@@ -112,8 +110,8 @@ def make_copies(
     return copies
 
 
-def _copy(cut: MonoCut, condition: str, **custom: object) -> MonoCut:
-    described = {**(cut.custom or {}), "original": cut.id, "condition": condition, **custom}
+def _copy(cut: MonoCut, condition: str, **made: object) -> MonoCut:
+    described = {**(cut.custom or {}), "condition": condition, COPY_OF: {"id": cut.id, **made}}
     return fastcopy(cut, id=f"{cut.id}_{condition}", custom=described)
 
 
@@ -122,10 +120,8 @@ def apply_condition(cut: MonoCut, samples: np.ndarray, settings: Conditions) -> 
 
     Raises ValueError where speech or noise is silent, so that no ratio can be had.
     """
-    custom = cut.custom or {}
-    if "original" not in custom:
-        return samples
-    if added := custom.get("added_noise"):
+    made = (cut.custom or {}).get(COPY_OF, {})
+    if added := made.get("added_noise"):
         path = Path(settings.noise_folder, added["sound"])
         noise = _read_noise(path, added["offset_seconds"], samples.shape[1], cut.sampling_rate)
         if not mean_square(samples[0]) or not mean_square(noise):
@@ -133,7 +129,7 @@ def apply_condition(cut: MonoCut, samples: np.ndarray, settings: Conditions) -> 
                 f"no signal-to-noise ratio: the speech, or the noise {added['sound']}, is silent"
             )
         return mix(samples[0], noise, added["snr_db"], slice(None))[None]
-    if inside := custom.get("reverberation"):
+    if inside := made.get("reverberation"):
         response = Recording.from_file(Path(settings.impulse_response_folder, inside)).resample(
             cut.sampling_rate
         )

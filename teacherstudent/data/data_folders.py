@@ -5,6 +5,7 @@ recordings one sampling rate and one channel, cuts their durations to millisecon
 missing: here each file's header is read, and what cannot be used is listed.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def read_table(path: Path, values_needed: bool = True) -> dict[str, str]:
     """`key value …` a line. Raises ValueError naming file and line for a repeated key or a missing value."""
     table: dict[str, str] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines cuts at more than that
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -72,7 +73,7 @@ def list_kaldi(folder: Path, labelled: bool) -> Listing:
 
     Raises ValueError for files that are broken, and for a wav.scp whose entries are commands or archives.
     """
-    audio = {name: _find_audio(folder, name, place) for name, place in read_table(folder / WAV_SCP).items()}
+    audio = find_audio(folder)
     segments = folder / "segments"
     spans = _read_segments(segments) if segments.is_file() else {name: (name, 0.0, None) for name in audio}
     speakers = read_table(folder / "utt2spk") if (folder / "utt2spk").is_file() else {}
@@ -90,7 +91,12 @@ def list_kaldi(folder: Path, labelled: bool) -> Listing:
     return Listing(rows, skipped)
 
 
-def _find_audio(folder: Path, name: str, place: str) -> str:
+def find_audio(folder: Path) -> dict[str, str]:
+    """Where the recordings of wav.scp lie: absolute, or relative to the folder."""
+    return {name: _find_file(folder, name, place) for name, place in read_table(folder / WAV_SCP).items()}
+
+
+def _find_file(folder: Path, name: str, place: str) -> str:
     """Relative paths start at the folder, or, as Kaldi has it, where the program was started."""
     if decoded := _UNPACKING.fullmatch(place):
         place = decoded[1]  # the command only unpacks a file that is read as it is
@@ -102,7 +108,8 @@ def _find_audio(folder: Path, name: str, place: str) -> str:
     if re.search(r"\.ark:\d+(\[.*\])?$", place):
         raise ValueError(f"{folder / WAV_SCP}: {name} lies in an archive ({place}): name audio files instead")
     if not (folder / place).is_file() and Path(place).is_file():
-        return Path(os.path.relpath(place, folder)).as_posix()
+        here = Path(place).parent.resolve()  # `..` of a folder that is a link leads out of where it points to
+        return Path(os.path.relpath(here, folder.resolve()), Path(place).name).as_posix()
     return place
 
 
@@ -111,8 +118,11 @@ def _read_segments(path: Path) -> dict[str, tuple[str, float, float | None]]:
     spans: dict[str, tuple[str, float, float | None]] = {}
     for name, rest in read_table(path).items():
         try:
-            recording, start, end = rest.split()
-            spans[name] = (recording, float(start), None if float(end) == -1 else float(end))
+            recording, *times = rest.split()
+            start, end = map(float, times)
+            if not math.isfinite(start) or not math.isfinite(end):
+                raise ValueError
+            spans[name] = (recording, start, None if end == -1 else end)
         except ValueError:
             raise ValueError(
                 f"{path}: {name} {rest}: `UTTERANCE RECORDING START END` is needed, in seconds"
@@ -230,21 +240,29 @@ def list_shar(folder: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def extract_shar(cuts: Path, recordings: Path, audio: Path) -> Iterator[MonoCut | MultiCut]:
-    """The cuts of one shard, their audio written to numbered files in the folder `audio`, which is beside the cuts.
+def extract_shar(
+    cuts: Path, recordings: Path, audio: Path
+) -> Iterator[tuple[str, MonoCut | MultiCut | Unusable]]:
+    """The cuts of one shard by id, their audio written to numbered files in the folder `audio`, beside the cuts.
 
     A tar file is read from its beginning: no utterance could be had by itself from it.
     """
     audio.mkdir(parents=True)
     fields = {"cuts": [str(cuts)], "recording": [str(recordings)]}
     for number, cut in enumerate(CutSet.from_shar(fields=fields)):
-        if not isinstance(cut, MonoCut | MultiCut) or cut.recording.sources[0].type != "memory":
-            raise ValueError(
-                f"{recordings}: {cut.id} has no audio of its own: a cut of one recording is needed"
-            )
+        if not isinstance(cut, MonoCut | MultiCut) or not _in_memory(cut):
+            yield cut.id, Unusable("no audio of its own in the tar file")
+            continue
         contents = cut.recording.sources[0].source
         path = audio / f"{number:06d}{_SUFFIXES.get(contents[:4], '.audio')}"
         path.write_bytes(contents)
         source = AudioSource("file", cut.recording.sources[0].channels, f"audio/{audio.name}/{path.name}")
         custom = {key: value for key, value in (cut.custom or {}).items() if key not in _SHAR_FIELDS}
-        yield fastcopy(cut, recording=fastcopy(cut.recording, sources=[source]), custom=custom or None)
+        yield (
+            cut.id,
+            fastcopy(cut, recording=fastcopy(cut.recording, sources=[source]), custom=custom or None),
+        )
+
+
+def _in_memory(cut: MonoCut | MultiCut) -> bool:
+    return cut.has_recording and cut.recording.sources[0].type == "memory"

@@ -3,6 +3,7 @@
 # N samples, T frames of 30 ms, F features
 """
 
+import math
 import re
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from teacherstudent.config import Conditions, Features
 from teacherstudent.data.conditions import apply_condition
 from teacherstudent.data.features import num_stacked_frames, stack
 
+TOO_SHORT = "shorter than a frame of 10 ms"
 MAX_MISSING_SECONDS = 0.025  # of audio that ends before its manifest says: lhotse mirrors what is missing
 
 
@@ -34,13 +36,19 @@ def read_cut(entry: dict[str, Any]) -> MonoCut | MultiCut:
         raise Unusable(f"not a cut: {type(error).__name__} {error}") from None
     if not isinstance(cut, MonoCut | MultiCut):
         raise Unusable(f"not a cut of one recording: {entry.get('type', type(cut).__name__)}")
+    for time in (cut.start, cut.duration):
+        if not isinstance(time, int | float) or not math.isfinite(time):
+            raise Unusable(f"not a cut: its start or duration is {time!r}")
+    for part in cut.supervisions:
+        if not isinstance(part.text, str | None):
+            raise Unusable(f"not a cut: its text is {part.text!r}")
     return cut
 
 
 def choose_audio(cut: MonoCut | MultiCut, settings: Features) -> MonoCut:
     """The one channel of the cut that is used, at features.sampling_rate. Raises Unusable where there is none."""
     if cut.sampling_rate <= 0 or cut.duration < 0.01 or cut.num_samples < cut.sampling_rate // 100:
-        raise Unusable("shorter than a frame of 10 ms")
+        raise Unusable(TOO_SHORT)
     if cut.num_channels > 1:
         cut = _choose_channel(cut, settings.channel)
     elif isinstance(cut, MultiCut):
@@ -85,6 +93,10 @@ class Extractor:
             samples = apply_condition(cut, samples, self._conditions)
         except ValueError as error:
             raise Unusable(str(error)) from None
+        except Exception as error:  # lhotse raises many kinds
+            raise Unusable(f"the condition cannot be made{_reason(error, audio_folder)}") from None
+        if samples.shape[1] < cut.sampling_rate // 100:
+            raise Unusable(f"{TOO_SHORT}: in another condition")
         log_mel = self._fbank.extract(samples, cut.sampling_rate)
         values = stack(log_mel).astype(np.float16)
         assert len(values) == num_stacked_frames(samples.shape[1], cut.sampling_rate), cut.id

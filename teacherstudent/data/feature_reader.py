@@ -84,6 +84,9 @@ class FeatureShard:
         self._raw, self._normaliser = raw, normaliser
         self.path = raw.path
 
+    def __repr__(self) -> str:
+        return str(self.path)
+
     @property
     def ids(self) -> Sequence[str]:
         return self._raw.ids
@@ -116,15 +119,9 @@ class AudioShard:
     def __init__(self, cuts: Path, audio: Path, settings: Features, conditions: Conditions) -> None:
         self.path, self._audio = cuts, audio
         self._settings, self._conditions = settings, conditions
-        self._index: dict[str, Any] | None = None
-
-    def __reduce__(self) -> tuple[type["AudioShard"], tuple[Any, ...]]:
-        return type(self), (self.path, self._audio, self._settings, self._conditions)
 
     def _read_index(self) -> dict[str, Any]:
-        if self._index is None:
-            self._index = read_index(index_path(self.path))
-        return self._index
+        return _remember_index(index_path(self.path))
 
     @property
     def ids(self) -> Sequence[str]:
@@ -155,8 +152,19 @@ class AudioShard:
 @functools.lru_cache(maxsize=_SHARDS_IN_MEMORY)
 def _read_lines(path: Path, _changed: int) -> dict[str, bytes]:
     """The lines of a shard of prepared cuts by utterance, still text: few of them are used at a time."""
-    ids = read_index(index_path(path))["ids"]
+    ids = _remember_index(index_path(path))["ids"]
     return dict(zip(ids, path.read_bytes().splitlines(), strict=True))
+
+
+def _remember_index(path: Path) -> dict[str, Any]:
+    """Of the last few shards; with "speaker_of", by utterance."""
+    return _read_index(path, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=_SHARDS_IN_MEMORY)
+def _read_index(path: Path, _changed: int) -> dict[str, Any]:
+    index = read_index(path)
+    return index | {"speaker_of": dict(zip(index["ids"], index["speakers"], strict=True))}
 
 
 @functools.cache
@@ -192,16 +200,9 @@ class BySpeaker:
 
     def __init__(self, index: Path, speakers: PackedShard, overall: Normalisation) -> None:
         self._index, self._speakers, self._overall = index, speakers, overall
-        self._speaker_of: dict[str, str | None] | None = None
-
-    def __reduce__(self) -> tuple[type["BySpeaker"], tuple[Any, ...]]:
-        return type(self), (self._index, self._speakers, self._overall)
 
     def __call__(self, utterance_id: str, values: np.ndarray) -> np.ndarray:
-        if self._speaker_of is None:
-            index = read_index(self._index)
-            self._speaker_of = dict(zip(index["ids"], index["speakers"], strict=True))
-        speaker = self._speaker_of[utterance_id]
+        speaker = _remember_index(self._index)["speaker_of"][utterance_id]
         if speaker is None:
             own = Normalisation.of(values)
         else:

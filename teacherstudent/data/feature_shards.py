@@ -11,6 +11,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from teacherstudent.data.conditions import Sounds, make_copies
 from teacherstudent.data.extraction import Extractor, Unusable, choose_audio, read_cut
 from teacherstudent.data.feature_reader import index_path
 from teacherstudent.data.features import FRAME_RULE, STACKED_FRAMES, Moments, Normalisation
-from teacherstudent.data.manifests import read_entries, speaker_of
+from teacherstudent.data.manifests import COPY_OF, read_entries, speaker_of
 from teacherstudent.data.packed import PackedShard, PackedWriter
 from teacherstudent.files import write_json, write_text
 
@@ -87,7 +88,8 @@ def survey(path: Path) -> Survey:
     seconds, hashes = 0.0, []
     for entry in read_entries(path):
         duration = entry.get("duration")
-        seconds += duration if isinstance(duration, int | float) else 0.0
+        if isinstance(duration, int | float) and math.isfinite(duration):
+            seconds += duration
         hashes.append(hash_id(entry["id"]))
     return Survey(seconds, np.array(hashes, np.uint64))
 
@@ -135,7 +137,15 @@ def make_shard(task: Task) -> None:
 
     Raises ValueError for ids that are used twice.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        _make_shard(task)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make_shard(task: Task) -> None:
     settings = task.settings
     header = {
         "frame_rule": FRAME_RULE,
@@ -158,7 +168,12 @@ def make_shard(task: Task) -> None:
 def _add_originals(shard: _Shard) -> None:
     for entry in read_entries(shard.task.source):
         try:
-            cut = choose_audio(read_cut(entry), shard.task.settings)
+            whole = read_cut(entry)
+            if COPY_OF in (whole.custom or {}):
+                raise Unusable(
+                    f"a custom field of our own: rename {COPY_OF!r}, which tells copies from originals"
+                )
+            cut = choose_audio(whole, shard.task.settings)
             if shard.task.labelled and not any((part.text or "").split() for part in cut.supervisions):
                 raise Unusable("no transcript")
             shard.add(cut, is_copy=False)

@@ -4,12 +4,13 @@ A word may have several lines. Silence is no word's phone: it stands between wor
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 SILENCE = "SIL"
+_POSITION = re.compile("_[BIES]$")
 
 Pronunciation = tuple[str, ...]
 
@@ -58,7 +59,7 @@ class Lexicon:
     def read(cls, path: Path) -> "Lexicon":
         """Raises ValueError naming the file, and the line that is wrong."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines cuts at more than that
         except FileNotFoundError:
             raise ValueError(
                 f"no lexicon at {path}: a text file is needed, `word phone phone …` a line"
@@ -106,10 +107,23 @@ def mark_positions(phones: Pronunciation) -> Pronunciation:
     return (f"{phones[0]}_B", *(f"{phone}_I" for phone in phones[1:-1]), f"{phones[-1]}_E")
 
 
-def base_phone(phone: str) -> str:
-    """Without word position and stress: AE1_B -> AE."""
-    base = re.sub(r"_[BIES]$", "", phone)
-    return re.sub(r"(?<=\D)[0-9]$", "", base)
+def marks_positions(phones: Iterable[str]) -> bool:
+    """Whether the phones of an inventory carry the place in the word; silence never does.
+
+    A single name cannot tell: X-SAMPA's t_S is a sound. All must be marked, but for those that Kaldi has in all four
+    places and without one, such as SPN.
+    """
+    names = set(phones) - {SILENCE}
+    return all(
+        _POSITION.search(name) or names.issuperset(f"{name}_{place}" for place in "BIES") for name in names
+    )
+
+
+def base_phones(phones: Sequence[str]) -> list[str]:
+    """Of each phone of an inventory, without stress and, where they carry it, the place in the word: AE1_B -> AE."""
+    marked = marks_positions(phones)
+    plain = (_POSITION.sub("", phone) if marked else phone for phone in phones)
+    return [re.sub(r"(?<=\D)[0-9]$", "", phone) for phone in plain]
 
 
 def _check(word: str, phones: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ or not; shard i of the cuts gives shard i of the features, labels and targets, i
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from lhotse.cut import Cut
 HUMAN, UNLABELLED, DEV, TEST = "human", "unlabelled", "dev", "test"
 PARTS = (HUMAN, UNLABELLED, DEV, TEST)
 LABELLED_PARTS = (HUMAN, DEV, TEST)
+COPY_OF = "copy_of"  # custom field of copies in other conditions, which conditions.py makes
 
 
 def shard_paths(data_folder: Path, part: str) -> list[Path]:
     """The cut shards of a part, in order.
 
-    Raises ValueError naming the folder when it is missing, empty or has a gap in its numbers.
+    Raises ValueError naming the folder when it is missing, empty, has a gap in its numbers or one of them twice.
     """
     folder = data_folder / part
     if not folder.is_dir():
@@ -30,9 +32,20 @@ def shard_paths(data_folder: Path, part: str) -> list[Path]:
             f"no folder {folder}: the data need the folders {', '.join(PARTS)}, each with cuts.000000.jsonl, …; "
             "set data.folder, or leave it out and the corpus step makes speech"
         )
-    found = {number: path for path in folder.iterdir() if (number := _shard_number(path)) is not None}
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        number = _shard_number(path)
+        if number in found:
+            raise ValueError(
+                f"{folder} holds {found[number].name} and {path.name}: remove one of them, both are shard {number}"
+            )
+        if number is not None:
+            found[number] = path
     if not found:
-        raise ValueError(f"no cuts.*.jsonl in {folder}: write them with lhotse, CutSet.to_file")
+        raise ValueError(
+            f"no cuts.000000.jsonl in {folder}: shards are called cuts.000000.jsonl, cuts.000001.jsonl, … with six "
+            "digits, or .jsonl.gz; write them with lhotse, CutSet.to_file"
+        )
     missing = set(range(len(found))) - set(found)
     if missing:
         raise ValueError(
@@ -66,10 +79,27 @@ def read_entries(path: Path) -> Iterator[dict[str, Any]]:
                     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or not entry["id"]:
                         raise ValueError("a cut with an id is needed")
                     yield entry
-    except (ValueError, OSError, EOFError) as error:  # not JSON, not UTF-8, or damaged gzip after this line
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        zlib.error,
+    ) as error:  # not JSON or UTF-8, or damaged gzip from here on
         raise ValueError(
             f"{path}, line {number}: {error}. Every line is one cut, as lhotse's CutSet.to_file writes it"
         ) from None
+
+
+def original_of(cut: Cut) -> str | None:
+    """The id of the utterance that it is a copy of, in another condition; None for one that is no copy."""
+    made = (cut.custom or {}).get(COPY_OF)
+    return None if made is None else made["id"]
+
+
+def transcript_of(cut: Cut) -> str:
+    """What its supervisions say, one after the other."""
+    supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
+    return " ".join(supervision.text or "" for supervision in supervisions)
 
 
 def speaker_of(cut: Cut) -> str | None:
@@ -81,6 +111,6 @@ def speaker_of(cut: Cut) -> str | None:
     named = [custom.get("speaker"), *(supervision.speaker for supervision in cut.supervisions)]
     names = (" ".join(str(name).split()) for name in named if name is not None)
     speaker = next(filter(None, names), None)
-    if speaker is None or "original" not in custom:
+    if speaker is None or original_of(cut) is None:
         return speaker
     return f"{speaker} {custom['condition']}"

@@ -6,6 +6,8 @@ file is written under a temporary name, renamed when complete, and never changed
 """
 # N utterances, T frames
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -16,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import h5py
 import numpy as np
@@ -93,10 +95,13 @@ class PackedWriter:
         self._checksums: dict[str, list[int]] = {name: [] for name in self._layouts}
         self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.partial")
         self._file: h5py.File | None = None
+        self._lock: BinaryIO | None = None
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = h5py.File(self._partial, "x", libver="v110")  # its metadata carries checksums
+        _remove_abandoned(self.path)
+        self._file = h5py.File(self._partial, "x", libver="v110", locking=False)  # its metadata carries checksums
+        self._lock = _lock(self._partial)
         for name, layout in self._layouts.items():
             self._file.create_dataset(
                 f"arrays/{name}",
@@ -112,6 +117,7 @@ class PackedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None
+        assert self._lock is not None
         try:
             if error is None:
                 self._flush(everything=True)
@@ -124,6 +130,7 @@ class PackedWriter:
             self._file.close()
             self._file = None
             self._partial.unlink(missing_ok=True)
+            self._lock.close()
 
     def write(self, utterance_id: str, **arrays: ArrayLike) -> None:
         """Append an utterance: every array (T, …), all of the same T ≥ 0.
@@ -302,7 +309,10 @@ class PackedShard:
         return self._file
 
     def _close_the_oldest(self) -> None:
-        """Of this thread's open files, where there are too many; it is opened again when it is used again."""
+        """Of this thread's shards, where there are too many; it is opened again when it is used again.
+
+        So neither files nor ids of a whole corpus are held.
+        """
         if not hasattr(_opened, "shards"):
             _opened.shards = OrderedDict()
         _opened.shards[id(self)] = weakref.ref(self)  # one that nobody uses any more closes by itself
@@ -310,7 +320,7 @@ class PackedShard:
         while len(_opened.shards) > _OPEN_FILES:
             oldest = _opened.shards.popitem(last=False)[1]()
             if oldest is not None:
-                oldest._close_file()
+                oldest.close()
 
     def _dataset(self, name: str) -> h5py.Dataset:
         file = self._open()
@@ -341,6 +351,25 @@ class PackedShard:
                 where = f"{self.path}: {index.describe_block(block)}"
                 raise ValueError(f"{where}: block {block} of {name!r} is damaged: write the shard again")
         return values
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What killed writers of this shard left behind; not what another one is writing now, which holds a lock on it.
+
+    Where the file system has no locks nothing is removed.
+    """
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        with contextlib.suppress(OSError), partial.open("rb") as file:  # locked, or gone meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Until it is closed, or the process ends however it does. Shared, so that the renamed file can be read at once."""
+    file = path.open("rb")
+    with contextlib.suppress(OSError):  # no locks here
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return file
 
 
 def _synchronise(path: Path) -> None:

@@ -66,7 +66,7 @@ class Readers(Generic[Argument, Result]):
     def map(self, arguments: Iterable[Argument]) -> Iterator[Result]:
         """Results in the order of the arguments, one a process ahead of what is asked for. Calls may be nested.
 
-        Raises RuntimeError naming a process that died or does not answer, and ValueError for what it raised.
+        Raises ValueError naming a process that died or does not answer, and for what it raised.
         """
         if not self._processes:
             yield from map(self._function, arguments)
@@ -101,7 +101,7 @@ class Readers(Generic[Argument, Result]):
             argument = self._arguments[number]
             ready = wait([connection, process.sentinel], self._timeout_seconds)
             if not ready:
-                raise RuntimeError(
+                raise ValueError(
                     f"{process.name} (process {process.pid}) has not read {argument} in {self._timeout_seconds:g} "
                     "seconds: is the disk with the audio there?"
                 )
@@ -117,7 +117,7 @@ class Readers(Generic[Argument, Result]):
 
     def _give_up(self, process: multiprocessing.process.BaseProcess, argument: Argument) -> None:
         process.join()
-        raise RuntimeError(
+        raise ValueError(
             f"{process.name} (process {process.pid}) died with exit code {process.exitcode} before it had read "
             f"{argument}: was memory short? Start again with fewer features.jobs; the step goes on where it was"
         ) from None
@@ -160,6 +160,10 @@ class Request:
     after: Position = field(
         default_factory=Position
     )  # where the source stands when all workers have had theirs
+
+    def __str__(self) -> str:
+        number = self.position.consumed + self.rank
+        return f"micro-batch {number} of epoch {self.position.epoch} of the source {self.source!r}"
 
 
 class BatchReader:

@@ -11,15 +11,13 @@ the fly the same is done and only the values are not written: audio that cannot 
 """
 
 import json
-import multiprocessing
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -39,10 +37,10 @@ from teacherstudent.data.features import STACKED_FRAMES, Moments, Normalisation
 from teacherstudent.data.manifests import DEV, HUMAN, LABELLED_PARTS, PARTS, TEST, UNLABELLED, read_entries
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import write_json, write_text
+from teacherstudent.processes import ProcessMap
 from teacherstudent.progress import hours_bar
 
 _EXAMPLES = 5  # reasons that are named in an error or a warning, each with an utterance
-Result = TypeVar("Result")
 
 
 def prepare(experiment: Experiment) -> list[Path]:
@@ -55,13 +53,15 @@ def prepare(experiment: Experiment) -> list[Path]:
     tasks = _find_tasks(experiment, _find_sounds(experiment))
     for folder in {task.kept.parent for task in tasks}:
         folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(settings.jobs, multiprocessing.get_context("spawn")) as pool:
-        surveys = dict(_run(pool, survey, [task.source for task in tasks]))
+    with ProcessMap(settings.jobs, methodcaller, "__call__") as processes:
+        sources = [task.source for task in tasks]
+        surveys = dict(zip(sources, processes.map(partial(survey, source) for source in sources)))
         _check_unique(tasks, surveys)
-        missing = {task.source: task for task in tasks if not task.is_done}
-        with hours_bar(sum(surveys[source].seconds for source in missing), "features") as bar:
-            for task, _ in _run(pool, make_shard, missing.values()):
-                bar.update(surveys[task.source].seconds)
+        missing = [task for task in tasks if not task.is_done]
+        seconds = [surveys[task.source].seconds for task in missing]
+        with hours_bar(sum(seconds), "features") as bar:
+            for _, done in zip(processes.map(partial(make_shard, task) for task in missing), seconds):
+                bar.update(done)
     skipped = _list_skipped(experiment, tasks)
     report = _report(tasks, skipped)
     lines = [
@@ -112,24 +112,6 @@ def _find_sounds(experiment: Experiment) -> Sounds:
         )
     write_json(path, found)
     return sounds
-
-
-def _run(
-    pool: Executor, function: Callable[[Any], Result], arguments: Iterable[Any]
-) -> Iterator[tuple[Any, Result]]:
-    """(argument, result), in the order in which they come."""
-    pending = {pool.submit(function, argument): argument for argument in arguments}
-    try:
-        for future in as_completed(pending):
-            yield pending[future], future.result()
-    except BrokenProcessPool:
-        raise ValueError(
-            "a process that prepares features was ended from outside, or for want of memory: start the step again, "
-            "with fewer features.jobs if memory is short; it goes on where it was"
-        ) from None
-    finally:
-        for future in pending:
-            future.cancel()
 
 
 def _check_unique(tasks: list[Task], surveys: dict[Path, Survey]) -> None:
@@ -183,14 +165,20 @@ def _list_skipped(experiment: Experiment, tasks: list[Task]) -> dict[str, list[t
 def _report(tasks: list[Task], skipped: dict[str, list[tuple[str, str]]]) -> dict[str, Any]:
     report = {}
     for part in PARTS:
-        indices = [read_index(task.index) for task in tasks if task.part == part]
-        copies = sum(index["copies"] for index in indices)
+        sums: Counter[str] = Counter()
+        for task in tasks:
+            if task.part == part:  # one index at a time: it names every utterance of its shard
+                index = read_index(task.index)
+                sums["ids"] += len(index["ids"])
+                sums["without_speaker"] += index["speakers"].count(None)
+                for name in ("seconds", "copies", "copy_seconds"):
+                    sums[name] += index[name]
         report[part] = {
-            "utterances": sum(len(index["ids"]) for index in indices) - copies,
-            "hours": round(sum(index["seconds"] for index in indices) / 3600, 6),
-            "copies": copies,
-            "copy_hours": round(sum(index["copy_seconds"] for index in indices) / 3600, 6),
-            "without_speaker": sum(index["speakers"].count(None) for index in indices),
+            "utterances": sums["ids"] - sums["copies"],
+            "hours": round(sums["seconds"] / 3600, 6),
+            "copies": sums["copies"],
+            "copy_hours": round(sums["copy_seconds"] / 3600, 6),
+            "without_speaker": sums["without_speaker"],
             "left_out": dict(sorted(Counter(_kind(reason) for _, reason in skipped[part]).items())),
         }
     return report

@@ -16,7 +16,6 @@ run, so that changed data are noticed; the contents of audio files are not.
 """
 
 import json
-import os
 import shutil
 import warnings
 import zlib
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -37,6 +36,7 @@ from teacherstudent.data.data_folders import (
     Listing,
     Row,
     extract_shar,
+    find_audio,
     list_audio_folder,
     list_kaldi,
     list_shar,
@@ -156,7 +156,7 @@ def _import_part(experiment: Experiment, part: str, folder: Path, kind: Kind) ->
     print(f"corpus: importing {part} from {folder}", flush=True)
     skipped: list[tuple[str, str]] = []
     if kind == "shar":
-        _import_shar(folder, partial_folder)
+        skipped = _import_shar(folder, partial_folder)
     elif kind == "manifest":
         _import_manifest(_find_manifest(folder), partial_folder, partial(_deal, experiment, part))
     else:
@@ -169,7 +169,7 @@ def _import_part(experiment: Experiment, part: str, folder: Path, kind: Kind) ->
 
 
 def _describe(folder: Path, kind: Kind) -> dict[str, str]:
-    """Hashes of what the import reads, but of audio only names and sizes."""
+    """Hashes of what the import reads, but of audio only names and sizes; missing audio may come back."""
     if kind == "manifest":
         return {_find_manifest(folder).name: hash_file(_find_manifest(folder))}
     if kind == "shar":
@@ -178,12 +178,12 @@ def _describe(folder: Path, kind: Kind) -> dict[str, str]:
         return {cuts.name: hash_file(cuts) for cuts, _ in pairs} | {"recordings": hash_text("\n".join(sizes))}
     names = KALDI_FILES if kind == "kaldi" else (TRANSCRIPTS, "utt2spk")
     found = {name: hash_file(folder / name) for name in names if (folder / name).is_file()}
-    if kind == "audio":
-        files = [
-            f"{path.relative_to(folder).as_posix()} {os.path.getsize(path)}" for path in list_audio(folder)
-        ]
-        found["audio"] = hash_text("\n".join(files))
-    return found
+    if kind == "kaldi":
+        audio = {name: folder / place for name, place in find_audio(folder).items()}
+    else:
+        audio = {path.relative_to(folder).as_posix(): path for path in list_audio(folder)}
+    sizes = [f"{name} {path.stat().st_size if path.is_file() else None}" for name, path in audio.items()]
+    return found | {"audio": hash_text("\n".join(sizes))}
 
 
 def _deal(experiment: Experiment, part: str, num_utterances: int) -> Iterator[np.ndarray]:
@@ -252,10 +252,15 @@ def _import_manifest(manifest: Path, output: Path, deal: Deal) -> None:
             file.close()
 
 
-def _import_shar(folder: Path, output: Path) -> None:
+def _import_shar(folder: Path, output: Path) -> list[tuple[str, str]]:
+    """Returns what was left out."""
+    skipped = []
     for number, (cuts, recordings) in enumerate(list_shar(folder)):
-        lines: list[Any] = [
-            json.dumps(cut.to_dict()) + "\n"
-            for cut in extract_shar(cuts, recordings, output / "audio" / f"{number:06d}")
-        ]
+        lines = []
+        for name, cut in extract_shar(cuts, recordings, output / "audio" / f"{number:06d}"):
+            if isinstance(cut, Unusable):
+                skipped.append((name, str(cut)))
+            else:
+                lines.append(json.dumps(cut.to_dict()) + "\n")
         write_text(output / f"cuts.{number:06d}.jsonl", "".join(lines))
+    return skipped

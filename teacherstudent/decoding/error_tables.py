@@ -60,9 +60,7 @@ def score_system(
         present = [utterance.fields.get(name, UNMARKED) for utterance in test]
         if set(present) != {UNMARKED}:
             tables[name] = {}
-        for value in sorted(
-            set(present) - ({UNMARKED} if name not in tables else set()), key=_quietest_first
-        ):
+        for value in sorted(set(present) - ({UNMARKED} if name not in tables else set()), key=quietest_first):
             chosen = [index for index, there in enumerate(present) if there == value]
             rows = [test[index] for index in chosen], [hypotheses[index] for index in chosen]
             if any(utterance.words for utterance in rows[0]):  # a rate is over words
@@ -107,9 +105,10 @@ def _row(
     }
 
 
-def _quietest_first(condition: str) -> tuple[float, str]:
+def quietest_first(condition: str) -> tuple[float, str]:
     """ "clean", then "20dB" or "snr20", "10dB"; other values by name, after these."""
-    decibels = re.fullmatch(r"(-?[\d.]+)dB|snr(-?[\d.]+)", condition)
+    number = r"(-?\d+(?:\.\d+)?)"
+    decibels = re.fullmatch(f"{number}dB|snr{number}", condition)
     if condition in ("clean", UNMARKED):
         return -math.inf, condition
     return (-float(decibels[1] or decibels[2]), condition) if decibels else (math.inf, condition)
@@ -124,7 +123,11 @@ def compare_systems(
     settings: Decode,
     seed: int,
 ) -> dict[str, Any]:
-    """Each of the named systems against the better of the baselines, paired by sentence."""
+    """Each of the named systems against the better of the baselines, paired by sentence.
+
+    None is what has no finite value: how many times fewer errors than a baseline that makes none, and the matched-pairs
+    statistic where all sentences differ by as much.
+    """
     if not baselines:
         return {"baseline": None, "comparisons": []}
     baseline = min(baselines, key=lambda name: errors[name])
@@ -142,10 +145,17 @@ def compare_systems(
             {
                 "system": name,
                 "baseline": baseline,
-                "relative_reduction": 100 * found.relative_reduction,
-                "interval": [100 * found.low, 100 * found.high],
+                "relative_reduction": _finite(100 * found.relative_reduction),
+                "interval": [_finite(100 * found.low), _finite(100 * found.high)],
                 "p_value": found.p_value,
-                "matched_pairs": {"statistic": found.matched_pairs, "p_value": found.matched_pairs_p_value},
+                "matched_pairs": {
+                    "statistic": _finite(found.matched_pairs),
+                    "p_value": found.matched_pairs_p_value,
+                },
             }
         )
     return {"baseline": baseline, "comparisons": comparisons}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -26,6 +26,7 @@ from teacherstudent.config import Optimisation
 from teacherstudent.data.dataset import prepared_shards, read_lexicon, read_prepared
 from teacherstudent.data.feature_reader import open_features
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS
+from teacherstudent.data.lexicon import Lexicon
 from teacherstudent.data.manifests import DEV, TEST
 from teacherstudent.data.packed import PackedShard, open_shards
 from teacherstudent.decoding import sclite, speed
@@ -39,6 +40,7 @@ from teacherstudent.decoding.error_tables import (
 )
 from teacherstudent.decoding.graph import Graph
 from teacherstudent.decoding.graph_sources import build_graph
+from teacherstudent.decoding.language_model import UNKNOWN
 from teacherstudent.decoding.lattice import write_lattices
 from teacherstudent.decoding.scoring import count_errors
 from teacherstudent.experiment import Experiment
@@ -100,7 +102,8 @@ def evaluate(experiment: Experiment) -> list[Path]:
     here = Decoder(graph, config.decode.beam, config.decode.max_active)
     systems = find_systems(experiment)
     dev, test = (_read_utterances(experiment, part) for part in (DEV, TEST))
-    _check(dev, test, graph)
+    lexicon = read_lexicon(experiment)
+    _check(dev, test, graph, lexicon)
     warn_missing_fields(test, config.decode)
     outputs = [experiment.path("evaluate", "results.json")]
     outputs += sclite.write_references(experiment.path("evaluate", "sclite"), test)
@@ -109,7 +112,7 @@ def evaluate(experiment: Experiment) -> list[Path]:
         write_text(outputs[-1], "".join(f"{w} {n}\n" for n, w in enumerate(("<eps>", *graph.words))))
     rows, words, speeds = {}, {}, {}
     hours = hours_bar(len(systems) * sum(each.seconds for each in (*dev, *test)), "decode")
-    recogniser = Recogniser(graph, inventory, read_lexicon(experiment), config.decode)
+    recogniser = Recogniser(graph, inventory, lexicon, config.decode)
     with recogniser, hours as bar:
         for system in systems:
             decoder = _SystemDecoder(experiment, system, recogniser, bar)
@@ -142,21 +145,27 @@ def _read_utterances(experiment: Experiment, part: str) -> list[Utterance]:
     ]
 
 
-def _check(dev: Sequence[Utterance], test: Sequence[Utterance], graph: Graph) -> None:
+def _check(dev: Sequence[Utterance], test: Sequence[Utterance], graph: Graph, lexicon: Lexicon) -> None:
     """Words that the graph cannot give are errors whatever the model says: a warning. No words: an error."""
     for part, utterances in ((DEV, dev), (TEST, test)):
         if not any(utterance.words for utterance in utterances):
             raise ValueError(f"part {part!r} has no transcripts: word error rates need them")
     counts = Counter(word for utterance in (*dev, *test) for word in utterance.words)
     known = set(graph.words)
-    unknown = {word: count for word, count in counts.items() if word not in known}
-    if unknown:
-        most = sorted(unknown, key=lambda word: -unknown[word])[:10]
-        warnings.warn(
-            f"{sum(unknown.values())} of {counts.total()} words of the development and test transcripts are not in "
-            f"the lexicon, so each is a word error: {', '.join(most)}{' …' if len(unknown) > 10 else ''}",
-            stacklevel=2,
-        )
+    unknown = Counter({word: count for word, count in counts.items() if word not in known})
+    for what, chosen in (
+        ("are not in the lexicon", [word for word in unknown if word not in lexicon.pronunciations]),
+        ("stand for unknown words", [word for word in unknown if word in UNKNOWN]),
+        ("are in the lexicon, but not in the language model", list(unknown)),
+    ):
+        told = Counter({word: unknown.pop(word) for word in chosen if word in unknown})
+        if told:
+            most = ", ".join(word for word, _ in told.most_common(10)) + (" …" if len(told) > 10 else "")
+            warnings.warn(
+                f"{told.total()} of {counts.total()} words of the development and test transcripts {what}, so each is "
+                f"a word error: {most}",
+                stacklevel=2,
+            )
 
 
 def _count_missing(
@@ -329,9 +338,9 @@ def _compare(
     test: Sequence[Utterance],
     words: Mapping[str, Sequence[Sequence[str]]],
 ) -> dict[str, Any]:
-    """The teacher and each student with machine labels, against the better of the human-only students."""
-    helped = [name for name in experiment.config.student_variants() if name in rows]
-    human_only = [name for name in rows if name not in helped and name != TEACHER]
+    """The teacher and each student with machine labels, if decoded, against the better of the human-only students."""
+    helped = [name for name in (TEACHER, *experiment.config.student_variants()) if name in rows]
+    human_only = [name for name in rows if name not in helped]
     errors = {name: row["conditions"][ALL]["errors"] for name, row in rows.items()}
     config = experiment.config
-    return compare_systems([TEACHER, *helped], human_only, test, words, errors, config.decode, config.seed)
+    return compare_systems(helped, human_only, test, words, errors, config.decode, config.seed)

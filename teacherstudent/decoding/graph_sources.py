@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from teacherstudent.data.dataset import prepared_shards, read_lexicon, read_prepared
-from teacherstudent.data.manifests import HUMAN
+from teacherstudent.data.manifests import HUMAN, original_of, transcript_of
 from teacherstudent.decoding.graph import Graph
 from teacherstudent.decoding.language_model import LanguageModel, estimate_bigram
 from teacherstudent.experiment import Experiment
@@ -33,5 +33,5 @@ def language_model_path(experiment: Experiment) -> Path | None:
 def _human_transcripts(experiment: Experiment) -> Iterator[str]:
     for shard in prepared_shards(experiment, HUMAN):
         for cut in read_prepared(experiment, HUMAN, shard):
-            if "original" not in (cut.custom or {}):  # a copy in another condition says the same again
-                yield " ".join(supervision.text or "" for supervision in cut.supervisions)
+            if original_of(cut) is None:  # a copy in another condition says the same again
+                yield transcript_of(cut)

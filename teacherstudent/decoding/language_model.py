@@ -11,6 +11,7 @@ interpolated with the uniform distribution, so that every word of the vocabulary
 
 import gzip
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,6 +78,7 @@ class LanguageModel:
         return self
 
     def to_arpa(self) -> str:
+        """What from_arpa reads, and other tools do: for a user who wants the estimated model outside of here."""
         orders = range(1, self.order + 1)
         ngrams = {order: sorted(n for n in self.log10_probabilities if len(n) == order) for order in orders}
         rows = ["\\data\\", *(f"ngram {order}={len(ngrams[order])}" for order in orders)]
@@ -91,13 +93,15 @@ class LanguageModel:
 
     @classmethod
     def from_arpa(cls, text: str) -> "LanguageModel":
-        """Raises ValueError, naming the line, for text that is not ARPA, and for a model that does not sum to 1."""
+        """Raises ValueError, naming the line, for text that is not ARPA; for a model that ends no sentence, and for one
+        that does not sum to 1. Never is -99, or -inf as some tools write it.
+        """
         probabilities: dict[Ngram, float] = {}
         backoffs: dict[Ngram, float] = {}
         for number, order, fields in _arpa_rows(text):
             try:
-                ngram, probability = tuple(fields[1 : 1 + order]), float(fields[0])
-                backoff = float(fields[1 + order]) if len(fields) > 1 + order else None
+                ngram, probability = tuple(fields[1 : 1 + order]), _read_log10(fields[0])
+                backoff = _read_log10(fields[1 + order]) if len(fields) > 1 + order else None
             except ValueError:
                 ngram, backoff = (), None
             if len(ngram) != order or len(fields) > 2 + order:
@@ -108,6 +112,8 @@ class LanguageModel:
                 backoffs[ngram] = backoff
         if not any(len(ngram) == 1 for ngram in probabilities):
             raise ValueError("the language model has no \\1-grams: section: is this an ARPA file?")
+        if (END,) not in probabilities:
+            raise ValueError(f"the language model has no {END} in its \\1-grams: it could end no sentence")
         return cls(probabilities, backoffs).check()
 
     @classmethod
@@ -132,14 +138,19 @@ class LanguageModel:
 
 
 def _arpa_rows(text: str) -> Iterator[tuple[int, int, list[str]]]:
-    """(line number, order, fields) of every n-gram."""
+    """(line number, order, fields) of every n-gram. Raises ValueError naming the line for a section without order."""
     order = 0
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if line == "\\end\\":
             return
         if line.startswith("\\") and line.endswith("-grams:"):
-            order = int(line[1:].removesuffix("-grams:"))
+            section = re.fullmatch(r"\\([1-9][0-9]*)-grams:", line)
+            if section is None:
+                raise ValueError(
+                    f"language model, line {number}: got {line!r}, need \\1-grams: or a higher order"
+                )
+            order = int(section[1])
         elif line and order:
             yield number, order, line.split()
     raise ValueError("the language model ends without \\end\\: it is cut short, or not an ARPA file")
@@ -148,6 +159,7 @@ def _arpa_rows(text: str) -> Iterator[tuple[int, int, list[str]]]:
 def estimate_bigram(sentences: Iterable[str], vocabulary: Iterable[str] = ()) -> LanguageModel:
     """A bigram over the words of the sentences and of the vocabulary; without sentences, all are as likely.
 
+    The unknown word, which a lexicon may have, gets a share only where the sentences have it.
     Raises ValueError for no words at all, and for the markers of a sentence's ends inside of a sentence.
     """
     bigrams: Counter[tuple[str, str]] = Counter()
@@ -157,7 +169,9 @@ def estimate_bigram(sentences: Iterable[str], vocabulary: Iterable[str] = ()) ->
             raise ValueError(f"got {sentence!r}: {BEGIN} and {END} are added here, leave them out")
         if words:
             bigrams.update(zip([BEGIN, *words], [*words, END]))
-    known = sorted({*vocabulary, *(word for pair in bigrams for word in pair)} - {BEGIN, END})
+    known = sorted(
+        {*(set(vocabulary) - UNKNOWN), *(word for pair in bigrams for word in pair)} - {BEGIN, END}
+    )
     if not known:
         raise ValueError("no words to estimate a language model from: sentences or a vocabulary are needed")
     unigrams = _unigrams([*known, END], Counter(word for _, word in bigrams))
@@ -178,6 +192,14 @@ def estimate_bigram(sentences: Iterable[str], vocabulary: Iterable[str] = ()) ->
 def word_loop(words: Iterable[str]) -> LanguageModel:
     """Any word may follow any other, and end the sentence, all equally likely. Kaldi's symbols are left out."""
     return estimate_bigram([], set(words) - _NO_WORDS)
+
+
+def _read_log10(text: str) -> float:
+    """Raises ValueError for what is no number, NaN and infinity among it."""
+    value = float(text)
+    if not value < math.inf:
+        raise ValueError
+    return max(value, _NEVER)
 
 
 def _log10(value: float) -> float:

@@ -155,17 +155,6 @@ class Lattice:
             frames[target] = frames[source] + (label != 0)
         return np.array(frames, np.int32)
 
-    def arc_posteriors(self) -> NDArray[np.float64]:
-        """(A,) the probability that the path goes through each arc; those of a frame's arcs sum to 1."""
-        arcs, (shares, _) = self.arcs, self._shares
-        reached = np.zeros(arcs.num_states)
-        reached[0] = 1.0
-        posteriors = np.zeros(len(arcs.source))
-        for arc, (source, target) in enumerate(zip(arcs.source.tolist(), arcs.target.tolist())):
-            posteriors[arc] = reached[source] * shares[arc]
-            reached[target] += posteriors[arc]
-        return posteriors
-
     def last_words(self) -> list[dict[int, float]]:
         """Of every frame, and after the last: the probability of each word to be the last one written so far.
 
@@ -258,7 +247,8 @@ def write_lattices(path: Path, texts: Iterable[str]) -> None:
 def read_lattices(path: Path) -> Iterator[tuple[str, Lattice]]:
     """(utterance id, lattice) of a file in Kaldi's text format, compressed or not.
 
-    Raises ValueError naming the utterance for a line that cannot be read.
+    For users of what `evaluate` leaves in lattices/: reweight them, take other n-best lists, confidences. Word ids are
+    those of words.txt beside them. Raises ValueError naming the utterance for a line that cannot be read.
     """
     with (
         gzip.open(path, "rt", encoding="utf-8")

@@ -36,17 +36,23 @@ def _comparisons(results: Mapping[str, Any]) -> str:
     lines = []
     for found in results["comparisons"]:
         label, baseline = (systems[found[key]]["label"] for key in ("system", "baseline"))
+        reduction, low, high = map(format_share, (found["relative_reduction"], *found["interval"]))
+        chances = format_p(found["p_value"]), format_p(found["matched_pairs"]["p_value"])
         lines.append(
-            "{}: {:.1f} % [{:.1f}, {:.1f}] fewer word errors than {} (p = {:.3f}; matched pairs {:.3f})".format(
-                label,
-                found["relative_reduction"],
-                *found["interval"],
-                baseline,
-                found["p_value"],
-                found["matched_pairs"]["p_value"],
-            )
+            f"{label}: {reduction} % [{low}, {high}] fewer word errors than {baseline} "
+            "(p {}; matched pairs p {})".format(*chances)
         )
     return "\n".join(lines)
+
+
+def format_share(value: float | None) -> str:
+    """Per cent; None, what no finite number says, is a dash."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def format_p(value: float) -> str:
+    """ "= 0.012", or "< 0.001"."""
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
 def _kinds(systems: Mapping[str, Mapping[str, Any]]) -> str:

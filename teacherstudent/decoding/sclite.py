@@ -10,7 +10,7 @@ file of its own in stm and ctm, on channel 1; times are in seconds from its begi
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from teacherstudent.decoding.decode import TimedWord
@@ -23,13 +23,7 @@ _MARKS = re.compile(r"[(){}@%*;]|^<.*>$")  # of words that sclite takes for alte
 
 def write_references(folder: Path, test: Sequence[Utterance]) -> list[Path]:
     """ref.trn and ref.stm. A warning counts words in which sclite sees more than a word."""
-    marked = sorted({word for utterance in test for word in utterance.words if _MARKS.search(word)})
-    if marked:
-        warnings.warn(
-            f"{len(marked)} reference words hold characters that mean something to sclite, whose count of errors "
-            f"may differ from ours: {', '.join(marked[:5])}",
-            stacklevel=2,
-        )
+    _warn_marks("reference words", (word for utterance in test for word in utterance.words))
     transcripts, segments = folder / "ref.trn", folder / "ref.stm"
     write_text(transcripts, to_trn(test, [utterance.words for utterance in test]))
     write_text(segments, to_stm(test))
@@ -39,12 +33,23 @@ def write_references(folder: Path, test: Sequence[Utterance]) -> list[Path]:
 def write_hypotheses(
     folder: Path, name: str, test: Sequence[Utterance], timed: Mapping[str, Sequence[TimedWord]]
 ) -> list[Path]:
-    """NAME.trn and NAME.ctm. timed: the words of every utterance, by id."""
+    """NAME.trn and NAME.ctm. timed: the words of every utterance, by id. Warns as write_references does."""
     transcripts, words = folder / f"{name}.trn", folder / f"{name}.ctm"
     said = [[each.word for each in timed[utterance.id]] for utterance in test]
+    _warn_marks(f"words recognised by {name}", (word for words_of in said for word in words_of))
     write_text(transcripts, to_trn(test, said))
     write_text(words, to_ctm(test, timed))
     return [transcripts, words]
+
+
+def _warn_marks(what: str, words: Iterable[str]) -> None:
+    marked = sorted({word for word in words if _MARKS.search(word)})
+    if marked:
+        warnings.warn(
+            f"{len(marked)} {what} hold characters that mean something to sclite, whose count of errors may differ "
+            f"from ours: {', '.join(marked[:5])}",
+            stacklevel=3,
+        )
 
 
 def to_trn(test: Sequence[Utterance], words: Sequence[Words]) -> str:

@@ -9,7 +9,10 @@ variance: give both.
 
 Two systems are compared on the same draws, and by the matched-pairs test (Gillick & Cox 1989, "Some statistical
 issues in the comparison of speech recognition algorithms"): the mean difference of a block's errors over its
-standard error, which is standard normal if the systems are as good. Blocks stand for their segments.
+standard error. Blocks stand for their segments. Theirs is standard normal if the systems are as good, which is far off
+for few blocks (two that agree would be certain), so the p-value is exact: if the systems are as good, every block's
+difference is as likely with the other sign, and it is the share of all ways of setting the signs that give as large a
+mean difference (Fisher's randomisation test). For many blocks both say the same.
 """
 # N utterances, G blocks, R bootstrap samples
 
@@ -47,8 +50,8 @@ class Comparison:
     relative_reduction: 1 - errors / baseline's errors; low, high: 95 % interval of it; probability_better:
     share of bootstrap samples in which the system makes fewer errors than the baseline; p_value: of the bootstrap,
     both sides: twice the share of samples in which the worse of the two is not the worse; matched_pairs: the
-    statistic, positive where the system makes fewer errors, and matched_pairs_p_value of both sides (0 and 1 where
-    all blocks differ by nothing).
+    statistic, positive where the system makes fewer errors (infinite where all blocks differ by as much), and
+    matched_pairs_p_value of both sides; 0 and 1 where no block differs.
     """
 
     relative_reduction: float
@@ -123,12 +126,28 @@ def compare(
 
 def _matched_pairs(differences: NDArray[np.int64]) -> tuple[float, float]:
     """(statistic, p-value of both sides). differences: (G,)"""
-    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
     mean = float(differences.mean())
-    if not spread:  # one block, or all alike: nothing to tell chance from
-        return (0.0, 1.0) if not mean or len(differences) < 2 else (math.copysign(math.inf, mean), 0.0)
-    statistic = mean / (spread / math.sqrt(len(differences)))
-    return statistic, math.erfc(abs(statistic) / math.sqrt(2))
+    if len(differences) < 2 or not differences.any():  # nothing to tell chance from
+        return 0.0, 1.0
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    statistic = mean / error if error else math.copysign(math.inf, mean)
+    return statistic, _sign_flip_p_value(differences)
+
+
+def _sign_flip_p_value(differences: NDArray[np.int64]) -> float:
+    """The share of all ways of setting the signs whose sum is as far from 0. differences: (G,), not all 0.
+
+    The distribution of the sum is the convolution of G coins, a product in the Fourier domain: d or -d has cos(d t).
+    """
+    sizes, times = np.unique(np.abs(differences), return_counts=True)
+    reach, observed = int(sizes @ times), abs(int(differences.sum()))
+    angles = 2 * np.pi * np.arange(2 * reach + 1) / (2 * reach + 1)
+    spectrum = np.ones_like(angles)
+    for size, count in zip(sizes, times):
+        spectrum *= np.cos(size * angles) ** count
+    chances = np.fft.ifft(spectrum).real  # of the sums 0, …, reach, -reach, …, -1
+    least = 2.0 ** (1 - np.count_nonzero(differences))  # all signs alike; rounding may leave less
+    return float(np.clip(chances[observed : len(chances) - observed + 1].sum(), least, 1.0))
 
 
 def _reduction(errors: NDArray[np.int64]) -> NDArray[np.float64]:

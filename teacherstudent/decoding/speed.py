@@ -51,13 +51,14 @@ def measure_system(
 
 
 def write_speeds(path: Path, rows: Mapping[str, Mapping[str, float]], teacher: str) -> None:
-    """As JSON; every other network beside the teacher's: how many times faster, and how many times smaller."""
-    systems = {}
-    for name, row in rows.items():
-        faster = row["network_frames_per_second"] / rows[teacher]["network_frames_per_second"]
-        smaller = rows[teacher]["parameters"] / row["parameters"]
-        compared = {"times_faster_than_teacher": faster, "times_smaller_than_teacher": smaller}
-        systems[name] = {**row, **(compared if name != teacher else {})}
+    """As JSON; every other network beside the teacher's, if that is there: how many times faster and smaller."""
+    systems = {name: dict(row) for name, row in rows.items()}
+    reference = rows.get(teacher)
+    for name, row in systems.items():
+        if reference is not None and name != teacher:
+            faster = row["network_frames_per_second"] / reference["network_frames_per_second"]
+            smaller = reference["parameters"] / row["parameters"]
+            row |= {"times_faster_than_teacher": faster, "times_smaller_than_teacher": smaller}
     write_json(path, {"threads": 1, "repeats": REPEATS, "systems": systems})
 
 

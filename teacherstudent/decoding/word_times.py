@@ -8,6 +8,7 @@ kaldi_tree.py), so the best path here is the decoder's own best path for these w
 """
 # T frames, S senones, M places: a phone between two neighbours, with two states each
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,11 +90,21 @@ class WordAligner:
     def word_frames(
         self, scores: NDArray[np.float32], words: Sequence[str], partial: bool = False
     ) -> list[tuple[int, int]]:
-        """Of each word: its first frame, and the one after its last. Frames of silence belong to no word."""
+        """Of each word: its first frame, and the one after its last. Frames of silence belong to no word.
+
+        The graph writes a word one phone early: the last of a partial hypothesis may have no frame yet, and is then
+        where the frames end.
+        """
         if not words:
             return []
+        try:
+            segments, _ = self.segments(scores, words, partial)
+        except ValueError:
+            if not partial:
+                raise
+            return [*self.word_frames(scores, words[:-1], partial), (len(scores), len(scores))]
         spans: dict[int, tuple[int, int]] = {}
-        for segment in self.segments(scores, words, partial)[0]:
+        for segment in segments:
             if segment.word != SILENT:
                 start, _ = spans.get(segment.word, (segment.start, 0))
                 spans[segment.word] = (start, segment.end)
@@ -145,36 +156,51 @@ class WordAligner:
         return _Places([key[1] for key in keys], np.array(senones), np.array(padded), opens, np.array(ends))
 
 
+_State = tuple[
+    NDArray[np.float64], NDArray[np.float64]
+]  # (M,) best scores of paths in a phone's first, later frames
+
+
 def _best_path(scores: NDArray[np.float32], places: _Places) -> tuple[list[tuple[int, bool]], float]:
-    """(place, whether it is the phone's first frame) of every frame, and the score; Viterbi. No path: ([], -inf)."""
-    num_frames, num_places = len(scores), len(places.tokens)
+    """(place, whether it is the phone's first frame) of every frame, and the score; Viterbi. No path: ([], -inf).
+
+    Of √T frames the scores are kept; what lies between is gone through once more on the way back, so that memory
+    grows with √T · M: 10 minutes of speech (20,000 frames and places) take about 70 MB, an hour 15 times that.
+    """
+    num_frames = len(scores)
     if not num_frames:
         return [], -np.inf
-    first_scores, later_scores = (scores[:, places.senones[:, state]].astype(np.float64) for state in (0, 1))
-    first = np.where(places.opens, first_scores[0], -np.inf)
-    later = np.full(num_places, -np.inf)
-    came_from = np.zeros((num_frames, num_places), np.int32)  # the place before, where a phone begins
-    short = np.zeros(
-        (num_frames, num_places), bool
-    )  # whether the best way to be here has only the first frame
-    rows = np.arange(num_places)
+    first = np.where(places.opens, scores[0].astype(np.float64)[places.senones[:, 0]], -np.inf)
+    state: _State = first, np.full_like(first, -np.inf)
+    block = math.isqrt(num_frames)
+    kept = [state]  # at frames 0, block, 2 block, …
     for frame in range(1, num_frames):
-        short[frame - 1] = first >= later
-        best = np.append(np.maximum(first, later), -np.inf)
-        choice = best[places.before].argmax(axis=1)
-        came_from[frame] = places.before[rows, choice]
-        first = best[came_from[frame]] + first_scores[frame]
-        later = best[:-1] + later_scores[frame]
-    short[-1] = first >= later
-    total = np.where(places.ends, np.maximum(first, later), -np.inf)
+        state, _ = _step(state, scores[frame], places)
+        if frame % block == 0:
+            kept.append(state)
+    total = np.where(places.ends, np.maximum(*state), -np.inf)
     place = int(total.argmax())
     score = float(total[place])
     if score == -np.inf:
         return [], score
     path: list[tuple[int, bool]] = []
-    for frame in reversed(range(num_frames)):
-        is_first = bool(short[frame, place])
-        path.append((place, is_first))
-        if is_first and frame:
-            place = int(came_from[frame, place])
-    return path[::-1], score
+    for number, state in reversed(list(enumerate(kept))):
+        steps = []
+        for frame in range(number * block + 1, min((number + 1) * block + 1, num_frames)):
+            state, came_from = _step(state, scores[frame], places)
+            steps.append((state[0] >= state[1], came_from))
+        for only_first, came_from in reversed(steps):
+            path.append((place, bool(only_first[place])))
+            if only_first[place]:
+                place = int(came_from[place])
+    return [(place, True), *path[::-1]], score
+
+
+def _step(state: _State, scores: NDArray[np.float32], places: _Places) -> tuple[_State, NDArray[np.int64]]:
+    """To the next frame. scores: (S,); returns with it (M,) the place before, for a phone that begins there."""
+    row = scores.astype(np.float64)
+    best = np.append(np.maximum(*state), -np.inf)
+    choice = best[places.before].argmax(axis=1, keepdims=True)
+    came_from = np.take_along_axis(places.before, choice, axis=1)[:, 0]
+    opening, staying = places.senones.T
+    return (best[came_from] + row[opening], best[:-1] + row[staying]), came_from

@@ -2,7 +2,6 @@
 # T10 frames of 10 ms, T frames of 30 ms, M mel bands, F features of a stacked frame, S senones, K kept
 
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from teacherstudent.config import Config, load
 from teacherstudent.data.features import STACKED_FRAMES
 from teacherstudent.data.manifests import UNLABELLED
 from teacherstudent.data.packed import open_shards
+from teacherstudent.decoding.error_tables import ALL, quietest_first
 from teacherstudent.files import hash_file, hash_text
 from teacherstudent.store import STEM, TargetStore
 from teacherstudent.training.schedule import HUMAN, MACHINE
@@ -121,15 +121,9 @@ class Findings:
 
     @cached_property
     def conditions(self) -> list[str]:
-        """Of the test: all together, clean speech, then from little noise to much."""
+        """Of the test: all together, clean speech, then from little noise to much, then others by name."""
         names = {name for row in self.systems.values() for name in row["conditions"]}
-
-        def place(name: str) -> tuple[int, float, str]:
-            decibels = re.match(r"(?:snr)?(-?[0-9.]+)", name)  # "20dB", "snr20"
-            first = ("all", "clean").index(name) if name in ("all", "clean") else 2
-            return first, -float(decibels[1]) if decibels else 0.0, name
-
-        return sorted(names, key=place)
+        return sorted(names, key=lambda name: (name != ALL, quietest_first(name)))
 
     def hours(self, part: str) -> float | None:
         """Of audio in a part that has features, copies in other conditions included."""

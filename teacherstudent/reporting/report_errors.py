@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from teacherstudent.decoding.results_table import format_p, format_share
 from teacherstudent.reporting import report_figures as figures
 from teacherstudent.reporting import report_page as html
 from teacherstudent.reporting.report_data import Findings
@@ -80,10 +81,10 @@ def _compared(results: Mapping[str, Any]) -> Html:
         [
             systems[each["system"]]["label"],
             systems[each["baseline"]]["label"],
-            f"{each['relative_reduction']:.1f} %",
+            f"{format_share(each['relative_reduction'])} %",
             f"{format_interval(each['interval'], 1)} %",
-            _p_value(each.get("p_value")),
-            _p_value(each.get("matched_pairs", {}).get("p_value")),
+            format_p(each["p_value"]).removeprefix("= "),
+            format_p(each["matched_pairs"]["p_value"]).removeprefix("= "),
         ]
         for each in results["comparisons"]
     ]
@@ -94,10 +95,6 @@ def _compared(results: Mapping[str, Any]) -> Html:
         "pairs test."
     )
     return html.join([html.element("h3", "Against human labels alone"), html.table(head, rows, caption)])
-
-
-def _p_value(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _kinds_of_errors(systems: Mapping[str, Any]) -> Html:
@@ -160,8 +157,12 @@ def _rate(score: Mapping[str, Any] | None) -> tuple[float, float, float]:
     return nothing if score is None else (score["word_error_rate"], *score["interval"])
 
 
-def format_interval(interval: Sequence[float], digits: int) -> str:
+def format_interval(interval: Sequence[float | None], digits: int) -> str:
+    """None, what has no finite value, is a dash."""
     low, high = interval
+    if low is None or high is None:
+        ends = ("–" if end is None else _signed(end, digits) for end in interval)
+        return " to ".join(ends)
     if low < 0:
         return f"{_signed(low, digits)} to {_signed(high, digits)}"
     return f"{low:.{digits}f}–{high:.{digits}f}"

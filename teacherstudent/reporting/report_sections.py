@@ -56,25 +56,37 @@ def _headline(findings: Findings) -> Html:
         f"the better of those trained on human labels alone (“{baseline['label']}”, {_error_rate(baseline)})"
     )
     amounts = "; ".join(_amount(results, comparison) for comparison in comparisons)
-    certain = all(comparison["interval"][0] > 0 for comparison in comparisons)
+    better = [_shown_value(comparison["relative_reduction"]) > 0 for comparison in comparisons]
     who = "students trained with machine labels"
-    if all(comparison["relative_reduction"] <= 0 for comparison in comparisons):
+    if not any(better):
         text = f"Machine labels do not help here. On the test speakers {who} do no better than {than}: {amounts}."
-    else:
+    elif all(better):
         text = f"On the test speakers {who} make fewer word errors than {than}: {amounts}."
-        if not certain:
-            text += " Where an interval reaches below zero, these test speakers cannot tell the two apart."
+    else:
+        text = (
+            f"On the test speakers some {who} make fewer word errors than {than}, and some do not: {amounts}."
+        )
+    ends = [tuple(map(_shown_value, comparison["interval"])) for comparison in comparisons]
+    certain = not any(low <= 0 <= high for low, high in ends)
+    if not certain:
+        text += " Where an interval holds zero, these test speakers cannot tell the two apart."
     return html.paragraph(
-        text.replace(" %", "\N{NO-BREAK SPACE}%"), "headline" if certain else "headline open"
+        text.replace(" %", "\N{NO-BREAK SPACE}%"), "headline" if certain and all(better) else "headline open"
     )
 
 
+def _shown_value(percent: float | None) -> float:
+    """As it is printed, so that words and figures agree; None: more errors than a baseline that makes none."""
+    return -math.inf if percent is None else round(percent, 1)
+
+
 def _amount(results: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
-    system, reduction = results["systems"][comparison["system"]], comparison["relative_reduction"]
-    amount = f"{abs(reduction):.0f} % {'more' if reduction < 0 else 'fewer'}"
-    if abs(reduction) < 0.5:
-        amount = "as many"
-    interval = format_interval(comparison["interval"], 0)
+    system = results["systems"][comparison["system"]]
+    reduction = _shown_value(comparison["relative_reduction"])
+    if math.isinf(reduction):
+        return f"“{system['label']}” more ({_error_rate(system)})"
+    amount = f"{abs(reduction):.1f} % {'more' if reduction < 0 else 'fewer'}" if reduction else "as many"
+    interval = format_interval(comparison["interval"], 1)
     return (
         f"“{system['label']}” {amount} ({_error_rate(system)}; 95 % interval of the reduction {interval} %)"
     )

@@ -18,15 +18,13 @@ generators, so the number of jobs changes nothing.
 import dataclasses
 import json
 import math
-import multiprocessing
 import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -34,11 +32,19 @@ from teacherstudent import wheels
 from teacherstudent.config import Corpus
 from teacherstudent.data.manifests import DEV, HUMAN, PARTS, TEST, UNLABELLED
 from teacherstudent.files import hash_text, write_json, write_text
+from teacherstudent.processes import ProcessMap
 from teacherstudent.progress import hours_bar
 from teacherstudent.synthesis.espeak import EXTRA, WHEEL
 from teacherstudent.synthesis.grammar import Grammar, Sentences
 from teacherstudent.synthesis.pronunciation import MIN_SHARE, build_lexicon
-from teacherstudent.synthesis.recording import Session, count_accent, derive, record, record_background
+from teacherstudent.synthesis.recording import (
+    CARRIER_RATE,
+    Session,
+    count_accent,
+    derive,
+    record,
+    record_background,
+)
 from teacherstudent.synthesis.speakers import ACCENTS, Speaker, draw_speakers
 from teacherstudent.synthesis.vocabulary import make_vocabulary, read_vocabulary
 
@@ -49,15 +55,13 @@ SESSION_SECONDS = 600.0  # a speaker with more to say says it in several session
 BACKGROUNDS = {"background-training": (HUMAN, UNLABELLED), "background-evaluation": (DEV, TEST)}
 BACKGROUND_SPEAKERS = 6  # in each of them
 
-R = TypeVar("R")
-
 
 def make_corpus(folder: Path, settings: Corpus, sampling_rate: int, seed: int) -> None:
     """Make the corpus in `folder`, which is there only when it is complete.
 
     An interrupted call is gone on with by the next one. Raises ValueError without the wheels of
-    teacherstudent[corpus], for a word list that cannot be said, and for a folder that holds a corpus of other
-    settings.
+    teacherstudent[corpus], for a word list that cannot be said, for a folder that holds a corpus of other settings, and
+    when a process dies.
     """
     if seed < 0:
         raise ValueError(f"seed = {seed}: it must be >= 0")
@@ -79,7 +83,7 @@ def make_corpus(folder: Path, settings: Corpus, sampling_rate: int, seed: int) -
     speakers = draw_speakers(_count_speakers(settings), settings.split)
     write_json(partial / "speakers.json", {speaker.id: dataclasses.asdict(speaker) for speaker in speakers})
     _write_lm_text(partial, sentences, settings, seed)
-    with _Pool(settings.jobs) as pool:
+    with ProcessMap(settings.jobs, _performer) as pool:
         _write_lexicon(partial, sentences, settings, pool)
         _write_backgrounds(partial, speakers, sentences, settings, sampling_rate, seed, pool)
         sessions = _plan_sessions(partial, speakers, sentences, settings, sampling_rate, seed)
@@ -133,16 +137,22 @@ def _write_lm_text(folder: Path, sentences: Sentences, settings: Corpus, seed: i
     write_text(folder / "lm_text.txt", "".join(f"{sentences.draw(rng)}\n" for _ in range(LM_SENTENCES)))
 
 
-def _write_lexicon(folder: Path, sentences: Sentences, settings: Corpus, pool: "_Pool") -> None:
+def _write_lexicon(folder: Path, sentences: Sentences, settings: Corpus, pool: ProcessMap) -> None:
     path = folder / "lexicon.txt"
     if path.exists():
         return
     stress = settings.phones == "position-stress"
     counts: Counter[Any] = Counter()
     unsaid: dict[str, str] = {}
-    for accent, missing in pool.map(count_accent, [(accent, sentences, stress) for accent in ACCENTS]):
-        counts.update(accent)
-        unsaid |= missing
+    # Every accent says nearly as many words; with a large vocabulary that takes hours, before anything is recorded.
+    num_words = sum(len(text.split()) for text in sentences.draw_carriers(ACCENTS[0]))
+    seconds = 60 * num_words / CARRIER_RATE
+    with hours_bar(len(ACCENTS) * seconds, "lexicon") as bar:
+        tasks = ((count_accent, accent, sentences, stress) for accent in ACCENTS)
+        for accent, missing in pool.map(tasks):
+            counts.update(accent)
+            unsaid |= missing
+            bar.update(seconds)
     if unsaid:
         named = "".join(f"\n  {why}" for why in islice(unsaid.values(), 10))
         raise ValueError(
@@ -163,16 +173,16 @@ def _write_backgrounds(
     settings: Corpus,
     sampling_rate: int,
     seed: int,
-    pool: "_Pool",
+    pool: ProcessMap,
 ) -> None:
     (folder / "background").mkdir(exist_ok=True)
     for name in BACKGROUNDS:
         tasks = [
-            (speaker, sentences, sampling_rate, seed, settings.split)
+            (record_background, speaker, sentences, sampling_rate, seed, settings.split)
             for speaker in speakers
             if speaker.part == name
         ]
-        np.save(folder / "background" / f"{name}.npy", np.stack(list(pool.map(record_background, tasks))))
+        np.save(folder / "background" / f"{name}.npy", np.stack(list(pool.map(tasks))))
 
 
 def _plan_sessions(
@@ -213,11 +223,11 @@ def _plan_sessions(
     return sessions
 
 
-def _record(sessions: list[Session], settings: Corpus, pool: "_Pool") -> None:
+def _record(sessions: list[Session], settings: Corpus, pool: ProcessMap) -> None:
     conditions = 1 + len(settings.snr_db)
     total = sum(session.seconds * (conditions if session.every_condition else 1) for session in sessions)
     with hours_bar(total, "corpus") as bar:
-        for seconds in pool.as_completed(record, [(session,) for session in sessions]):
+        for seconds in pool.map((record, session) for session in sessions):
             bar.update(seconds)
 
 
@@ -282,24 +292,11 @@ def _write_shard(folder: Path, part: str, shard: int, entries: Iterable[dict[str
                 texts.write(json.dumps({"id": entry["cut"]["id"], "text": entry["text"]}) + "\n")
 
 
-class _Pool:
-    """Processes, as a context manager; when something goes wrong what has not begun is not begun."""
+def _performer() -> Callable[[tuple[Any, ...]], Any]:
+    return _perform
 
-    def __init__(self, jobs: int) -> None:
-        self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
-    def map(self, function: Callable[..., R], tasks: Iterable[tuple[Any, ...]]) -> Iterator[R]:
-        """Results in the order of the tasks."""
-        futures = [self._pool.submit(function, *task) for task in tasks]
-        return (future.result() for future in futures)
-
-    def as_completed(self, function: Callable[..., R], tasks: Iterable[tuple[Any, ...]]) -> Iterator[R]:
-        """Results in the order in which they come."""
-        futures = [self._pool.submit(function, *task) for task in tasks]
-        return (future.result() for future in as_completed(futures))
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+def _perform(task: tuple[Any, ...]) -> Any:
+    """task: a function, and what it is called with."""
+    function, *arguments = task
+    return function(*arguments)

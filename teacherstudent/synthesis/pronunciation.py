@@ -15,7 +15,7 @@ from itertools import groupby, islice, zip_longest
 
 import numpy as np
 
-from teacherstudent.data.lexicon import SILENCE, Lexicon, Pronunciation, base_phone, mark_positions
+from teacherstudent.data.lexicon import SILENCE, Lexicon, Pronunciation, base_phones, mark_positions
 from teacherstudent.synthesis.espeak import SAMPLING_RATE, Event, Speech
 
 # espeak-ng's phonemes, without stress, to one set for all accents (in the manner of ARPAbet). What only some
@@ -226,7 +226,7 @@ def _split_around_one(
 
 
 def _without_stress(phones: Pronunciation) -> Pronunciation:
-    return tuple(map(base_phone, phones))
+    return tuple(base_phones(phones))
 
 
 def build_lexicon(counts: Counter[tuple[str, Pronunciation]], min_share: float = MIN_SHARE) -> Lexicon:

@@ -120,10 +120,14 @@ class _Chosen:
 
     def __init__(self, features: FeatureShard, labels: Utterances) -> None:
         labelled = set(labels.ids)
-        rows = [row for row, name in enumerate(features.ids) if name in labelled]
         self._features = features
-        self.ids = [features.ids[row] for row in rows]
-        self.num_frames = features.num_frames[rows]
+        self._rows = np.array([row for row, name in enumerate(features.ids) if name in labelled], np.int64)
+        self.num_frames = features.num_frames[self._rows]
+
+    @property
+    def ids(self) -> Sequence[str]:
+        ids = self._features.ids
+        return [ids[row] for row in self._rows]
 
     def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
         return self._features[utterance_id]

@@ -135,6 +135,9 @@ def _read_state(reader: KaldiReader) -> HmmState:
 
 def _read_binary(reader: KaldiReader) -> list[tuple[tuple[int, ...], States]]:
     phones, entry_of = reader.integers(), reader.integers()
+    for phone in phones:
+        if not 0 < phone < len(entry_of):
+            raise reader.error(f"phones from 1 to {len(entry_of) - 1}, each with an entry", str(phone))
     num_entries = reader.integer()
     two_classes = num_entries == -1  # Kaldi's mark of states with a class for entering and one for staying
     if two_classes:

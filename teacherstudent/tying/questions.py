@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from teacherstudent.data.lexicon import base_phone
+from teacherstudent.data.lexicon import base_phones, marks_positions
 from teacherstudent.tying.decision_tree import Question, cluster
 from teacherstudent.tying.events import SILENCE_ID, Floats
 
@@ -32,7 +32,10 @@ def stress(phone: str) -> str:
 
 
 def place_in_word(phone: str) -> str:
-    """B first, I inside, E last, S alone: the mark of AE1_B; "" where there is none."""
+    """B first, I inside, E last, S alone: the mark of AE1_B; "" where there is none.
+
+    Only of phones that carry such marks: see marks_positions.
+    """
     match = re.search(r"_([BIES])$", phone)
     return match[1] if match else ""
 
@@ -40,9 +43,9 @@ def place_in_word(phone: str) -> str:
 def variants(phones: Sequence[str]) -> dict[str, Question]:
     """The ids of every base phone's variants, in the order of the phones; silence left out."""
     found: dict[str, list[int]] = {}
-    for phone, name in enumerate(phones, 1):
+    for phone, base in enumerate(base_phones(phones), 1):
         if phone != SILENCE_ID:
-            found.setdefault(base_phone(name), []).append(phone)
+            found.setdefault(base, []).append(phone)
     return {base: tuple(ids) for base, ids in found.items()}
 
 
@@ -54,7 +57,7 @@ def named_classes(phones: Sequence[str]) -> dict[str, Question]:
         f"stress is {STRESSES.get(mark, mark)}": tuple(i for i in ids if stress(phones[i - 1]) == mark)
         for mark in marks
     }
-    for words, places in POSITIONS_IN_WORD.items():
+    for words, places in POSITIONS_IN_WORD.items() if marks_positions(phones) else ():
         classes[words] = tuple(i for i in ids if place_in_word(phones[i - 1]) in tuple(places))
     return {words: members for words, members in classes.items() if members}
 

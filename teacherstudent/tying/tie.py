@@ -5,12 +5,11 @@ number of processes changes no bit.
 """
 # T frames, P phones, S senones
 
-import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from teacherstudent.data.manifests import HUMAN, LABELLED_PARTS
 from teacherstudent.data.packed import PackedShard, PackedWriter, open_shards, shard_path
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import hash_file
+from teacherstudent.processes import ProcessMap
 from teacherstudent.progress import hours_bar
 from teacherstudent.tying.events import Statistics, tree_features
 from teacherstudent.tying.kaldi_inventory import read_kaldi_inventory
@@ -30,7 +30,6 @@ from teacherstudent.tying.questions import read_questions
 from teacherstudent.tying.senones import Inventory, build
 
 PROCESS_SECONDS = 3600.0  # of audio: another process is not worth its start for less
-Map = Callable[..., Iterator[Any]]
 
 
 def tie_senones(experiment: Experiment) -> list[Path]:
@@ -41,17 +40,18 @@ def tie_senones(experiment: Experiment) -> list[Path]:
     settings = experiment.config.senones
     aligned = {part: open_shards(experiment.path("align", part), "phones") for part in LABELLED_PARTS}
     outputs = [experiment.path("senones", "inventory.json")]
-    with _processes(settings.jobs, [shard for shards in aligned.values() for shard in shards]) as run:
+    jobs = _num_processes(settings.jobs, [shard for shards in aligned.values() for shard in shards])
+    with ProcessMap(jobs, methodcaller, "__call__") as processes:
         if settings.kaldi_tree:
             inventory = read_kaldi_inventory(Path(settings.kaldi_tree))
         else:
-            inventory = _grow(experiment, aligned[HUMAN], run)
+            inventory = _grow(experiment, aligned[HUMAN], processes)
         counts = np.zeros(inventory.num_senones, np.int64)
         for part, shards in aligned.items():
             folder = experiment.path("senones", part)
             folder.mkdir(parents=True, exist_ok=True)
             paths = [shard_path(folder, "labels", number) for number in range(len(shards))]
-            found = run(partial(_write_labels, inventory), paths, shards)
+            found = processes.map(partial(_write_labels, inventory, *pair) for pair in zip(paths, shards))
             for frames in _with_bar(found, shards, f"senones of {part}"):
                 counts += frames if part == HUMAN else 0
             outputs += paths
@@ -64,15 +64,9 @@ def tie_senones(experiment: Experiment) -> list[Path]:
     return outputs
 
 
-@contextmanager
-def _processes(jobs: int, shards: Sequence[PackedShard]) -> Iterator[Map]:
-    """A map over shards that keeps their order: in as many processes as are worth starting."""
-    jobs = min(jobs, len(shards), int(1 + sum(map(_seconds, shards)) / PROCESS_SECONDS))
-    if jobs == 1:
-        yield map
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield pool.map
+def _num_processes(jobs: int, shards: Sequence[PackedShard]) -> int:
+    """As many as are worth starting."""
+    return min(jobs, len(shards), int(1 + sum(map(_seconds, shards)) / PROCESS_SECONDS))
 
 
 def _seconds(shard: PackedShard) -> float:
@@ -86,7 +80,7 @@ def _with_bar(results: Iterator[Any], shards: Sequence[PackedShard], what: str) 
             yield result
 
 
-def _grow(experiment: Experiment, aligned: Sequence[PackedShard], run: Map) -> Inventory:
+def _grow(experiment: Experiment, aligned: Sequence[PackedShard], processes: ProcessMap) -> Inventory:
     settings = experiment.config.senones
     if "pdf" in aligned[0].arrays:
         raise ValueError(
@@ -101,7 +95,7 @@ def _grow(experiment: Experiment, aligned: Sequence[PackedShard], run: Map) -> I
             f"the part {HUMAN!r} has {len(features)} shards of features and {len(aligned)} of alignments: align again"
         )
     statistics = Statistics(len(phones))
-    found = run(partial(_accumulate, phones), features, aligned)
+    found = processes.map(partial(_accumulate, phones, *pair) for pair in zip(features, aligned))
     for of_shard in _with_bar(found, aligned, "tree statistics"):
         statistics.merge(of_shard)
     inventory = build(statistics, phones, settings, questions)

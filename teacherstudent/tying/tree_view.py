@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
-from teacherstudent.data.lexicon import base_phone
+from teacherstudent.data.lexicon import base_phones
 from teacherstudent.tying.decision_tree import POSITIONS, Question
 from teacherstudent.tying.events import NUM_STATES
 from teacherstudent.tying.questions import BOUNDARY, SILENCE_QUESTIONS, named_classes, variants
@@ -48,7 +48,7 @@ def _find_phones(inventory: Inventory, phone: str) -> Question:
     close = difflib.get_close_matches(phone.lower(), letters, n=1, cutoff=0.0)
     raise ValueError(
         f"the inventory has no phone {phone!r}: the nearest is {letters[close[0]]!r}. Its phones are "
-        + " ".join(dict.fromkeys(map(base_phone, inventory.phones)))
+        + " ".join(dict.fromkeys(base_phones(inventory.phones)))
     )
 
 
@@ -103,7 +103,8 @@ def describe(phones: Sequence[str], position: int, members: Sequence[int], among
     names = _shortest_names(phones, chosen, set(among))
     if len(names) == 1:
         return f"{subject} is {names[0]}"
-    bases = {base_phone(phones[phone - 1]) for phone in chosen if phone != BOUNDARY}
+    of_phone = base_phones(phones)
+    bases = {of_phone[phone - 1] for phone in chosen if phone != BOUNDARY}
     manner = next((name for name, sounds in _MANNERS.items() if bases <= set(sounds.split())), "")
     return f"{subject} is one of: {' '.join(names)}" + (f" ({manner})" if manner else "")
 

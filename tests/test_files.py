@@ -1,0 +1,26 @@
+"""Files are whole or absent, and JSON is what JSON readers read."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from teacherstudent.files import write_json
+
+
+def test_json_is_written_in_the_order_given(tmp_path: Path) -> None:
+    contents = {"b": [1, 2.5, None], "a": "é"}
+    write_json(tmp_path / "x.json", contents)
+    assert list(json.loads((tmp_path / "x.json").read_text()).items()) == list(contents.items())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused_and_what_was_there_is_left(
+    tmp_path: Path, value: float
+) -> None:
+    write_json(tmp_path / "x.json", 1)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "x.json", {"deep": [value]})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "x.json").read_text()) == 1
