@@ -116,7 +116,9 @@ class Align(Section):
 
     source: Literal["cuts", "transcripts", "kaldi", "ctm", "textgrid"] = "cuts"
     folder: str = ""  # kaldi, ctm, textgrid: holds human/ dev/ test/, or all in one
-    snip_edges: bool = True  # kaldi, ctm: how Kaldi made its frames; false for a CTM of true times
+    snip_edges: bool = (
+        True  # kaldi, ctm: how Kaldi made its frames; a CTM of true times: false, and a shift of 0.01
+    )
     frame_shift_seconds: Annotated[float, Range(0, 0.1, above=True)] = 0.01  # 0.03: of a chain model
     # Transcripts: the lexicon's word for words it lacks; empty: the utterance is left out
     unknown_word: str = ""

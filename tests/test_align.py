@@ -449,7 +449,7 @@ def other_speech(kind, folder):
     said = {"one": [("ka", 0.0, 0.24)], "four": [("ab", 0.0, 0.16), ("ba", 0.16, 0.28)]}
     spans = {
         name: [(PHONES[phone - 1], *times) for (phone, _), times in
-               zip(runs, itertools.pairwise(np.cumsum([0, *(count for _, count in runs)]) / 100))]
+               zip(runs, itertools.pairwise((np.cumsum([0, *(count for _, count in runs)]) / 100).tolist()))]
         for name, runs in swapped.items()
     }  # fmt: skip
     if kind == "kaldi":
@@ -488,7 +488,8 @@ def test_alignments_of_other_speech_of_a_fitting_length_are_listed(kind, tmp_pat
         align(experiment)
     reasons = {row["id"]: row["reason"] for row in skipped(experiment) if row["part"] == "dev"}
     assert reasons.keys() == {"one", "four"}
-    assert all("'ab ba'" in reasons["one"] and "'ka a'" in reasons["four"] for name in reasons)
+    assert "'ab ba'" in reasons["one"]
+    assert "'ka a'" in reasons["four"]
     assert report(experiment)["parts"]["dev"]["spelt_as_in_lexicon"] == 1
 
 

@@ -84,6 +84,13 @@ def test_values_do_not_depend_on_the_number_of_threads(data: Path) -> None:
     assert np.array_equal(*values)
 
 
+def test_shards_do_not_keep_the_ids_that_they_are_asked_for(data: Path) -> None:
+    experiment = prepared(data, storage="on-the-fly")
+    for shard in open_features(experiment, "human", "speaker"):
+        assert all(shard[name]["values"].size for name in shard.ids)
+        assert "human-" not in str([vars(shard._raw), vars(shard._normaliser)])
+
+
 def test_a_shard_may_be_pickled_and_asked_for_what_it_has_not(data: Path) -> None:
     for storage in ("stored", "on-the-fly"):
         experiment = prepared(data, storage, storage=storage)

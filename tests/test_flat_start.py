@@ -252,8 +252,10 @@ def test_too_many_bad_utterances_are_an_error_before_anything_is_trained(tmp_pat
     experiment = make_experiment(tmp_path / "experiment", tmp_path / "data", max_dropped_share=0.01)
     with pytest.raises(
         ValueError, match=r"3 of 43 human-labelled utterances .* align.max_dropped_share = 0.01"
-    ):
+    ) as error:
         train_and_align(experiment)
+    for row in ("1 x a word is not in the lexicon: 'seven' (unknown)", "1 x the transcript is empty (empty)"):
+        assert f"\n  {row}\n" in str(error.value)
     assert not list(experiment.path("align", "flat-start", "models").glob("*.npz"))
 
 

@@ -45,7 +45,9 @@ def test_without_a_language_model_the_human_transcripts_are_it_each_once(data: P
     texts = ["to um", "two um tomb", "too", "mmm to"]
     cuts = [
         MonoCut(str(n), 0.0, 1.0, 0, [SupervisionSegment(str(n), "r", 0.0, 1.0, text=text)], custom=custom)
-        for n, (text, custom) in enumerate([*((text, None) for text in texts), ("to um", {"copy_of": {"id": "0"}})])
+        for n, (text, custom) in enumerate(
+            [*((text, None) for text in texts), ("to um", {"copy_of": {"id": "0"}})]
+        )
     ]
     CutSet.from_cuts(cuts).to_file(folder / "cuts.000000.jsonl")
     found = build_graph(experiment, tiny_inventory())

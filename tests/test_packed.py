@@ -196,11 +196,11 @@ def _write_and_wait(path, begun, end):
 
 def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     path, spawn = tmp_path / "a.000000.h5", multiprocessing.get_context("spawn")
-    begun, end = [spawn.Event() for _ in range(2)], spawn.Event()
-    writers = [spawn.Process(target=_write_and_wait, args=(path, event, end)) for event in begun]
-    for writer, event in zip(writers, begun):
+    events = [(spawn.Event(), spawn.Event()) for _ in range(2)]
+    writers = [spawn.Process(target=_write_and_wait, args=(path, *both)) for both in events]
+    for writer, (begun, _) in zip(writers, events):
         writer.start()
-        assert event.wait(60)
+        assert begun.wait(60)
     other = tmp_path / ".a.000001.h5.0123456789abcdef.partial"
     other.write_text("of another shard")
     assert len(list(tmp_path.iterdir())) == 3
@@ -211,7 +211,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
         write(path, make_utterances([1, 2]))
         assert PackedShard(path).ids == ("utterance-0", "utterance-1")
     assert len(PackedShard(path)) == 0
-    end.set()
+    events[1][1].set()
     writers[1].join()
     assert writers[1].exitcode == 0
     assert sorted(tmp_path.iterdir()) == [other, path]
@@ -286,5 +286,6 @@ def test_few_files_are_open_however_many_shards_are_read(tmp_path, monkeypatch):
     for _ in range(2):
         for shard in shards:
             assert_same(shard["utterance-1"], utterances["utterance-1"])
+            assert sum(shard._loaded is not None for shard in shards) <= 3  # whose ids are held
             opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
             assert sum(path.startswith(os.path.realpath(tmp_path)) for path in opened) <= 3

@@ -80,6 +80,14 @@ def test_what_goes_wrong_in_a_process_is_an_error_here_that_names_it(
     assert not any(process.is_alive() for process in processes)
 
 
+def test_what_a_reader_was_asked_for_is_named_in_a_line(tmp_path: Path) -> None:
+    assert str(Request("human", Position(2, 30), rank=1)) == "micro-batch 31 of epoch 2 of the source 'human'"
+    experiment = open_experiment(write_data(tmp_path / "data"), storage="on-the-fly")
+    prepare(experiment)
+    [shard, _] = open_features(experiment, "unlabelled", "causal")
+    assert str(shard) == str(experiment.path("features", "unlabelled", "cuts.000000.jsonl"))
+
+
 def sources(data: Path, storage: str) -> dict[str, Source]:
     """Of features on the fly, and with labels of their ids."""
     experiment = open_experiment(data, storage, storage=storage)

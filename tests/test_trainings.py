@@ -50,6 +50,15 @@ def test_an_epoch_holds_every_utterance_that_has_labels_once_beside_its_own_feat
     assert sorted(met) == sorted(FRAMES[name] for shard in labels for name in shard)
 
 
+def test_ids_are_read_when_they_are_needed_and_not_kept(tmp_path: Path) -> None:
+    source = labelled_source(
+        make_experiment(tmp_path, [["a", "c"], ["e"]]), "human", Network(), batch_frames=15
+    )
+    assert [shard.ids for shard in source.features] == [["a", "c"], ["e"]]
+    for shard in source.features:
+        assert not any(isinstance(value, list) for value in vars(shard).values())
+
+
 def test_labels_in_another_order_or_of_other_utterances_are_refused(tmp_path: Path) -> None:
     for number, shard in enumerate((["c", "a"], ["a", "d"])):
         with pytest.raises(ValueError, match="different utterances"):

@@ -79,12 +79,7 @@ def read_entries(path: Path) -> Iterator[dict[str, Any]]:
                     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or not entry["id"]:
                         raise ValueError("a cut with an id is needed")
                     yield entry
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        zlib.error,
-    ) as error:  # not JSON or UTF-8, or damaged gzip from here on
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # no JSON, no UTF-8, or damaged gzip
         raise ValueError(
             f"{path}, line {number}: {error}. Every line is one cut, as lhotse's CutSet.to_file writes it"
         ) from None

@@ -100,7 +100,8 @@ class PackedWriter:
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(self.path)
-        self._file = h5py.File(self._partial, "x", libver="v110", locking=False)  # its metadata carries checksums
+        # The version's metadata carries checksums; the lock is our own, and lasts until the file has its name.
+        self._file = h5py.File(self._partial, "x", libver="v110", locking=False)
         self._lock = _lock(self._partial)
         for name, layout in self._layouts.items():
             self._file.create_dataset(
