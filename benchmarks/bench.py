@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import label as labelling
 import numpy as np
 import prepare
 import senone_corpus
 import senones as tree
+import store as targets
 import torch
 
 from teacherstudent.config import Network
@@ -105,7 +107,13 @@ def senones() -> None:
         senone_corpus.measure_corpus(Path(folder))
 
 
-SECTIONS = {"models": models, "exchange": exchange, "senones": senones}
+SECTIONS = {
+    "models": models,
+    "exchange": exchange,
+    "senones": senones,
+    "store": targets.store,
+    "label": labelling.label,
+}
 
 
 def main() -> None:

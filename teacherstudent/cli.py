@@ -11,6 +11,7 @@ from typing import Any
 
 from teacherstudent import config as configuration
 from teacherstudent.config import Config
+from teacherstudent.targets import store_arguments
 
 STEPS = {
     "corpus": "make speech with espeak-ng, or check the data that you brought along",
@@ -85,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
             step.add_argument("--show", metavar="PHONE", help="draw a phone's tree, its questions in words")
             step.add_argument("--kaldi", metavar="FOLDER", help="write tree, topo and phones.txt for Kaldi")
     store = steps.add_parser("store", help="look into a target store", description="look into a target store")
-    store.add_argument("verb", choices=("info", "verify"), help="what it holds; whether every checksum holds")
-    store.add_argument("folder", help="a folder of targets.*.h5")
+    store_arguments.add_arguments(store)
     return parser
 
 
@@ -149,11 +149,7 @@ def _say_results(folder: Path) -> None:
 
 
 def _store(options: argparse.Namespace) -> int:
-    from teacherstudent.store import TargetStore, describe
+    from teacherstudent.targets import store_commands
 
-    if options.verb == "info":
-        print(describe(options.folder))
-    else:
-        TargetStore(options.folder).verify()
-        print(f"{options.folder}: every checksum holds")
+    store_commands.run(options)
     return 0

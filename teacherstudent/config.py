@@ -226,10 +226,20 @@ class Teacher(Section):
 
 @dataclass(frozen=True)
 class Label(Section):
-    """The teacher's posteriors over the unlabelled shards, the k highest of each frame kept."""
+    """The teacher's posteriors over the unlabelled shards, the k highest of each frame kept. See label.py."""
 
     k: Count = 20
-    batch_frames: Count = 20000
+    coding: Literal["compact", "plain"] = "compact"  # docs/store.md
+    # Auto: bf16 where the first worker's processor has it; what it chose holds for the whole store.
+    numeric_mode: Literal["auto", "fp32", "bf16"] = "auto"
+    batch_frames: Count = 20000  # of one pass through the teacher, padding included
+    threads: Count = 1  # of a worker; last bits depend on it. More workers are faster than more threads
+    chunk_frames: Count = 4000  # longer utterances in pieces of so many, each with context on both sides
+    context_frames: Natural = 200
+    # Of the part's utterances whose audio is gone or spoilt since they were prepared: more is an error.
+    max_bad_share: Share = field(default=0.01, metadata=RUNTIME)
+    # A worker on another machine that was silent for so long is taken for dead.
+    lease_seconds: Positive = field(default=300.0, metadata=RUNTIME)
 
 
 @dataclass(frozen=True)

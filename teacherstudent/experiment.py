@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from teacherstudent.claims import Claims
 from teacherstudent.config import Config, to_toml
+from teacherstudent.data.packed import hash_path
 from teacherstudent.files import hash_file, hash_text, write_json, write_text
 from teacherstudent.settings import flatten
 
@@ -60,6 +62,10 @@ class Experiment:
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
 
+    def claims(self) -> Claims:
+        """Of one worker: what several processes on this folder must not do at the same time, and who does what."""
+        return Claims(self.path("steps", ".claims"), self.config.label.lease_seconds)
+
     @property
     def data_folder(self) -> Path:
         """Where the parts' cuts, lexicon.txt and lm_text.txt lie."""
@@ -104,9 +110,15 @@ class Experiment:
         current = not any(self._changed_since(earlier) for earlier in after)
         return current and all(self._place(name).is_file() for name in record["outputs"])
 
-    def begin(self, step: str, after: Iterable[str], clear: Iterable[str] = ()) -> None:
-        """Start or go on with a step. `clear`: its folders, emptied if what it reads has changed since."""
+    def begin(self, step: str, after: Iterable[str], clear: Iterable[str] = (), again: bool = False) -> None:
+        """Start or go on with a step. `clear`: its folders, emptied if what it reads has changed since.
+
+        again: it is run every time, and what it wrote stands for done until it has written anew, since other processes
+        may be at later steps.
+        """
         inputs = self._inputs(after)
+        if again and self._record(step).get("inputs") == inputs:
+            return
         if self._record(step).get("inputs") != inputs:
             self.path("steps", f"{step}.json").unlink(missing_ok=True)  # first: half-emptied is not done
             for path in map(self.path, clear):
@@ -116,8 +128,10 @@ class Experiment:
 
     def finish(self, step: str, outputs: Iterable[Path]) -> None:
         """Record a step as done, with the hashes of the files that it wrote."""
-        hashes = {self._name(path): hash_file(path) for path in sorted(outputs)}
+        hashes = {self._name(path): _hash_output(path) for path in sorted(outputs)}
         self._write_record(step, self._record(step) | {"outputs": hashes})
+        for left in self.path("steps").glob(f".{step}.json.*"):  # by a process that died
+            left.unlink(missing_ok=True)
 
     def _brought(self) -> list[tuple[str, Path]]:
         """What the data that lie elsewhere are called in the records, in any folder: data/human, data/lexicon, …"""
@@ -155,3 +169,9 @@ class Experiment:
         for path in sorted(self.path("steps").glob("*.json")):
             merged |= self._record(path.stem).get("outputs") or {}
         return dict(sorted(merged.items()))
+
+
+def _hash_output(path: Path) -> str:
+    """Where a shard's writer has put the hash beside it, not all of it is read again."""
+    beside = hash_path(path)
+    return beside.read_text(encoding="utf-8").split()[0] if beside.is_file() else hash_file(path)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def walk_files(folder: Path) -> list[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old contents or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -119,24 +120,37 @@ def _agree_done(experiment: Experiment, comm: Communicator, step: Step) -> bool:
 
 def _run_alone(experiment: Experiment, comm: Communicator, step: Step, function: Alone) -> None:
     if comm.rank == 0:
-        experiment.begin(step.record, step.after, step.folders)
-        started = time.time()
-        experiment.finish(step.record, function(experiment))
-        _note(experiment, comm, step, started)
+        with _recording(experiment, step):
+            if step.always or not experiment.is_done(step.record, step.after):  # by another process meanwhile
+                experiment.begin(step.record, step.after, step.folders, step.always)
+                started = time.time()
+                experiment.finish(step.record, function(experiment))
+                _note(experiment, comm, step, started)
     comm.barrier(math.inf)  # the others wait as long as it takes; when rank 0 fails they are told
 
 
 def _run_together(experiment: Experiment, comm: Communicator, step: Step, function: Together) -> None:
     if comm.rank == 0:
-        experiment.begin(step.record, step.after, step.folders)
+        with _recording(experiment, step):
+            if not experiment.is_done(step.record, step.after):
+                experiment.begin(step.record, step.after, step.folders)
     comm.barrier()
     started = time.time()
     work = partial(function, experiment)
     outputs = run_workers(comm, experiment.config.distributed, work, _worker_bytes(experiment, step))
     if comm.rank == 0:
-        experiment.finish(step.record, outputs)
+        with _recording(experiment, step):
+            if not experiment.is_done(step.record, step.after):  # who came first has written it
+                experiment.finish(step.record, outputs)
         _note(experiment, comm, step, started)
     comm.barrier(math.inf)
+
+
+@contextmanager
+def _recording(experiment: Experiment, step: Step) -> Iterator[None]:
+    """One process at a time, of those that were started separately on this folder, writes a step's record."""
+    with experiment.claims() as claims, claims.hold(f"record.{step.record}"):
+        yield
 
 
 def _worker_bytes(experiment: Experiment, step: Step) -> int:

@@ -13,27 +13,34 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from teacherstudent.data.features import FRAME_RULE, FRAME_SHIFT_SECONDS
-from teacherstudent.data.packed import Arrays, PackedShard, PackedWriter, open_shards, shard_number
-from teacherstudent.posteriors import renormalise, top_k
+from teacherstudent.data.packed import Arrays, PackedShard, PackedWriter, hash_line, hash_path, shard_number
+from teacherstudent.files import hash_file
+from teacherstudent.posteriors import TopK, top_k
+from teacherstudent.targets.catalogue import build_catalogue, find_shards
+from teacherstudent.targets.codings import CODINGS
+from teacherstudent.targets.shard_folder import CACHE_BYTES, ShardFolder
+from teacherstudent.targets.target_codec import Decoded
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 STEM = "targets"
-_OPEN_SHARDS = 64  # files, and lists of ids, held at a time
+_OPEN_SHARDS = 32  # files, and lists of ids, held at a time
+_BATCH_BLOCKS = 8  # decoded at a time: what comes of them fits in a processor's cache
 _KEPT = (1, 5, 10, 20)  # `info` says how much probability so many senones keep
 
 Targets = tuple[NDArray[np.int32], NDArray[np.float32]]
 
 
 class TargetWriter:
-    """Writes the targets of one shard; a context manager. The file appears when the block ends without error.
+    """Writes the targets of one shard; a context manager. The file appears when the block ends without error, and
+    its SHA-256 beside it.
 
     `provenance` says what the targets belong to (names and texts or numbers, such as the hashes of teacher,
-    inventory and features, and the numeric mode); readers refuse a store whose provenance is another one.
+    inventory and features, the numeric mode and the batch settings); readers refuse a store whose provenance is
+    another one.
     """
 
     def __init__(
@@ -42,27 +49,26 @@ class TargetWriter:
         num_senones: int,
         k: int = 20,
         provenance: Mapping[str, str | int | float] | None = None,
+        coding: str = "compact",
     ) -> None:
         if not 1 <= k <= num_senones:
             raise ValueError(f"got k = {k} of {num_senones} senones: choose k between 1 and {num_senones}")
+        if coding not in CODINGS:
+            raise ValueError(f"got coding {coding!r}: there are {', '.join(CODINGS)}")
         self.num_senones = num_senones
         self.k = k
-        self._id_dtype = np.dtype("uint16" if num_senones <= 1 << 16 else "uint32")
+        self._coding = CODINGS[coding]
         header = {
             "store_version": STORE_VERSION,
             "shard": shard_number(path),
             "num_senones": num_senones,
             "k": k,
-            "coding": _coding(self._id_dtype),
+            "coding": {"name": coding, **self._coding.facts},
             "frames": {"shift_seconds": FRAME_SHIFT_SECONDS, "rule": FRAME_RULE},
             "provenance": dict(provenance or {}),
         }
-        arrays: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
-            "ids": (self._id_dtype, (k,)),
-            "log_posteriors": ("float16", (k,)),
-            "dropped": ("float16", ()),
-        }
-        self._writer = PackedWriter(path, header, arrays)
+        layout = self._coding.layout(k, num_senones)
+        self._writer = PackedWriter(path, header, layout, self._coding.block_rows, hashed=True)
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -78,7 +84,7 @@ class TargetWriter:
 
         Raises ValueError naming the utterance for another S, for NaN or +inf, and for an id already written.
         """
-        where = f"{self._writer.path}: utterance {utterance_id!r}"
+        where = self._where(utterance_id)
         if logits.ndim != 2 or logits.shape[1] != self.num_senones:
             raise ValueError(
                 f"{where}: got logits {tuple(logits.shape)}, need (frames, {self.num_senones} senones)"
@@ -87,44 +93,62 @@ class TargetWriter:
             best = top_k(logits, self.k)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        with np.errstate(over="ignore"):  # below -65504, where e to the power of it is 0, becomes -inf
-            self._writer.write(
-                utterance_id,
-                ids=best.ids.cpu().numpy().astype(self._id_dtype),
-                log_posteriors=best.log_posteriors.cpu().numpy().astype("float16"),
-                dropped=best.dropped.cpu().numpy().astype("float16"),
-            )
+        self.write_best(utterance_id, best)
+
+    def write_best(self, utterance_id: str, best: TopK) -> None:
+        """The same, of logits whose k highest posteriors were found already."""
+        if best.ids.ndim != 2 or best.ids.shape[1] != self.k:
+            got = tuple(best.ids.shape)
+            raise ValueError(f"{self._where(utterance_id)}: got senones {got}, need (frames, {self.k})")
+        self._writer.write(utterance_id, **self._coding.encode(best, self.num_senones))
+
+    def _where(self, utterance_id: str) -> str:
+        return f"{self._writer.path}: utterance {utterance_id!r}"
 
 
 class TargetStore:
-    """All shards of a folder: by utterance id, or shard by shard in order.
+    """All shards of a folder or fsspec URL: by utterance id, or shard by shard in order.
 
     `expect` names what the store must belong to: provenance, num_senones or k. A shard of which it is not
     true is refused, as is one whose header differs from that of shard 0. Shards are opened when first used,
-    at most 64 at a time. May be pickled.
+    at most 32 at a time. May be pickled, and used in forked processes.
+
+    A URL's shards are kept in `cache_folder` (by default ~/.cache/teacherstudent), `cache_bytes` of them; a store
+    of more than 32 shards keeps the catalogue there that finds an utterance (catalogue.py).
     """
 
-    def __init__(self, folder: Path | str, expect: Mapping[str, Any] | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: Path | str,
+        expect: Mapping[str, Any] | None = None,
+        cache_folder: Path | str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.folder = folder
         self.expect = dict(expect or {})
-        self.shards: tuple[Path, ...] = tuple(shard.path for shard in open_shards(folder, STEM))
+        self._cache = (cache_folder, cache_bytes)
+        self._shards = ShardFolder(folder, STEM, cache_folder, cache_bytes)
         self._open: OrderedDict[int, PackedShard] = OrderedDict()
+        self._catalogue: Path | None = None
         self.header = {name: value for name, value in self._shard(0).header.items() if name != "shard"}
 
-    def __reduce__(self) -> tuple[type["TargetStore"], tuple[Path, dict[str, Any]]]:
-        return type(self), (self.folder, self.expect)
+    def __reduce__(self) -> tuple[type["TargetStore"], tuple[Any, ...]]:
+        return type(self), (self.folder, self.expect, *self._cache)
 
     def __getitem__(self, utterance_id: str) -> Targets:
         """ids (T, K) int32 and log-posteriors (T, K) float32, renormalised, the highest first."""
-        return _as_targets(self._find(utterance_id)[utterance_id])
+        return self.read(self.find(utterance_id), utterance_id)
 
     def dropped(self, utterance_id: str) -> NDArray[np.float32]:
         """(T,) the probability that was not kept."""
-        return self._find(utterance_id)[utterance_id]["dropped"].astype(np.float32)
+        return self.decode(self.find(utterance_id), utterance_id).dropped
 
     @property
     def num_shards(self) -> int:
-        return len(self.shards)
+        return self._shards.num_shards
+
+    def shard_name(self, number: int) -> str:
+        return self._shards.name(number)
 
     def shard_ids(self, number: int) -> tuple[str, ...]:
         """The utterances of a shard, in its order."""
@@ -132,60 +156,101 @@ class TargetStore:
 
     def read(self, number: int, utterance_id: str) -> Targets:
         """As `store[utterance_id]`, where the shard is known: nothing is looked for."""
-        return _as_targets(self._shard(number)[utterance_id])
+        return self.decode(number, utterance_id)[:2]
+
+    def decode(self, number: int, utterance_id: str) -> Decoded:
+        """All that is stored of an utterance of a shard."""
+        shard = self._shard(number)
+        arrays = shard[utterance_id]
+        offsets = np.array([0, len(next(iter(arrays.values())))], np.int64)
+        try:
+            return self._decode(arrays, offsets)[0]
+        except ValueError as error:
+            where = f"{shard.path}: utterance {utterance_id!r}"
+            raise ValueError(f"{where} is damaged: {error}. Write the shard again") from None
 
     def iter_shard(self, number: int) -> Iterator[tuple[str, NDArray[np.int32], NDArray[np.float32]]]:
         """Utterance id, ids (T, K) and log-posteriors (T, K) of each utterance of a shard, in order."""
-        for utterance_id, arrays in self._shard(number):
-            yield utterance_id, *_as_targets(arrays)
+        for utterance_id, decoded in self.iter_decoded(number):
+            yield utterance_id, decoded.ids, decoded.log_posteriors
+
+    def iter_decoded(self, number: int) -> Iterator[tuple[str, Decoded]]:
+        """All that is stored of each utterance of a shard, in order."""
+        for names, offsets, arrays in self._shard(number).iter_batches(_BATCH_BLOCKS):
+            try:
+                decoded, frames = self._decode(arrays, offsets)
+            except ValueError:  # which one?
+                yield from ((name, self.decode(number, name)) for name in names)
+                continue
+            for name, start, stop in zip(names, frames[:-1].tolist(), frames[1:].tolist()):
+                yield name, decoded.frames(start, stop)
+
+    def find(self, utterance_id: str) -> int:
+        """The shard that has an utterance; KeyError if there is none."""
+        for number in reversed(self._open):
+            if utterance_id in self._open[number]:
+                return number
+        for number in self._candidates(utterance_id):
+            if utterance_id in self._shard(number):
+                return number
+        raise KeyError(f"{self.folder} has no targets for utterance {utterance_id!r}")
 
     def verify(self) -> None:
-        """Read everything; raises one ValueError that lists every damage by shard and utterances."""
-        damages: list[str] = []
+        """Read every byte; raises one ValueError that lists every damage by shard and utterances."""
+        damages = [f"{self.folder}: {name} is there, its shard is not" for name in self._shards.orphans()]
         for number in range(self.num_shards):
-            try:
-                self._shard(number).verify()
-            except ValueError as error:
-                damages.append(str(error))
+            damages += self._damages(number)
         if damages:
             raise ValueError("\n".join(damages))
 
-    def info(self, num_shards: int | None = None) -> "StoreInfo":
-        """Sizes and means of the first shards, by default of all; reads every frame of them."""
-        shards = self.shards[:num_shards]
-        counts = [k for k in _KEPT if k < self.header["k"]] + [self.header["k"]]
-        kept, entropy = np.zeros(len(counts)), 0.0
-        num_utterances = num_frames = 0
-        for number in range(len(shards)):
+    def _damages(self, number: int) -> list[str]:
+        self._close(number)
+        found: list[str] = []
+        try:
             shard = self._shard(number)
-            num_utterances += len(shard)
-            for _, arrays in shard:
-                stored = arrays["log_posteriors"].astype(np.float64)
-                kept += np.exp(stored).cumsum(axis=1)[:, [k - 1 for k in counts]].sum(axis=0)
-                log_posteriors = _as_targets(arrays)[1].astype(np.float64)
-                entropy -= _expected(log_posteriors)
-                num_frames += len(stored)
-        return StoreInfo(
-            num_shards=len(shards),
-            num_utterances=num_utterances,
-            num_frames=num_frames,
-            hours=num_frames * self.header["frames"]["shift_seconds"] / 3600,
-            bytes_per_frame=sum(path.stat().st_size for path in shards) / max(num_frames, 1),
-            kept=dict(zip(counts, (kept / max(num_frames, 1)).tolist(), strict=True)),
-            entropy_nats=entropy / max(num_frames, 1),
-        )
+            shard.verify()
+            for _ in self.iter_decoded(number):
+                pass
+        except ValueError as error:
+            found += str(error).splitlines()
+        finally:
+            self._close(number)
+        path = self._shards.open(number).path
+        try:
+            line = hash_path(path).read_text(encoding="utf-8")
+            if line != hash_line(path, hash_file(path)):
+                found.append(
+                    f"{path}: its SHA-256 is not the one in {hash_path(path).name}. Write the shard again"
+                )
+        except (OSError, UnicodeDecodeError) as error:
+            found.append(
+                f"{path}: cannot be compared with {hash_path(path).name}: {error}. Write the shard again"
+            )
+        return found
 
-    def _find(self, utterance_id: str) -> PackedShard:
-        for number in [*reversed(self._open), *range(self.num_shards)]:
-            shard = self._shard(number)
-            if utterance_id in shard:
-                return shard
-        raise KeyError(f"{self.folder} has no targets for utterance {utterance_id!r}")
+    def _candidates(self, utterance_id: str) -> list[int]:
+        """Shards that may have an utterance: few shards are all asked, for many there is a catalogue."""
+        if self.num_shards <= _OPEN_SHARDS:
+            return list(range(self.num_shards))
+        if self._catalogue is None:
+            name = f"catalogue.{self._shards.signature()[:32]}.sqlite"
+            self._catalogue = self._shards.cache_folder / name
+        if not self._catalogue.exists():
+            build_catalogue(self._catalogue, map(self._shards.ids, range(self.num_shards)))
+        return find_shards(self._catalogue, utterance_id)
+
+    def _decode(self, arrays: Arrays, offsets: NDArray[np.int64]) -> tuple[Decoded, NDArray[np.int64]]:
+        coding = CODINGS[self.header["coding"]["name"]]
+        return coding.decode(arrays, offsets, self.header["k"], self.header["num_senones"])
+
+    def _close(self, number: int) -> None:
+        if number in self._open:
+            self._open.pop(number).close()
 
     def _shard(self, number: int) -> PackedShard:
         """Shard `number`, checked when opened; beyond the limit the least recently used one is closed."""
         if number not in self._open:
-            shard = PackedShard(self.shards[number])
+            shard = self._shards.open(number)
             self._check(shard, number)
             self._open[number] = shard
             if len(self._open) > _OPEN_SHARDS:
@@ -197,7 +262,9 @@ class TargetStore:
         header = shard.header
         if header.get("store_version") != STORE_VERSION:
             got = f"store version {header.get('store_version')!r}"
-            raise ValueError(f"{shard.path}: got {got}, this reader knows version {STORE_VERSION}")
+            raise ValueError(
+                f"{shard.path}: got {got}, this reader knows version {STORE_VERSION}. Label again"
+            )
         if header["shard"] != number:
             raise ValueError(f"{shard.path} was written as shard {header['shard']}: has it been renamed?")
         known = header["provenance"] | {"num_senones": header["num_senones"], "k": header["k"]}
@@ -205,19 +272,54 @@ class TargetStore:
             if known.get(name) != needed:
                 got = f"got {name} = {known.get(name)!r}, need {needed!r}"
                 raise ValueError(f"{shard.path} belongs to something else: {got}. Label again")
-        if number:
-            for name, needed in self.header.items():
-                if header.get(name) != needed:
-                    first = self.shards[0].name
-                    raise ValueError(
-                        f"{shard.path}: {name} is {header.get(name)!r}, need {needed!r} as in {first}. "
-                        "Shards of two stores are mixed in this folder: label again"
-                    )
+        if header["coding"]["name"] not in CODINGS:
+            got = f"coding {header['coding']['name']!r}"
+            raise ValueError(f"{shard.path}: got {got}, this reader knows {', '.join(CODINGS)}")
+        if hasattr(self, "header"):
+            self._compare(shard)
+
+    def _compare(self, shard: PackedShard) -> None:
+        """With shard 0, as it was when the store was opened."""
+        for name, needed in self.header.items():
+            got = shard.header.get(name)
+            if got != needed:
+                raise ValueError(
+                    f"{shard.path}: {name} is {got!r}, need {needed!r} as in {self.shard_name(0)}. "
+                    "Shards of two stores are mixed in this folder: label again"
+                )
+
+    def info(self, num_shards: int | None = None) -> "StoreInfo":
+        """Sizes and means of the first shards, by default of all; reads every frame of them."""
+        numbers = range(self.num_shards)[:num_shards]
+        counts = [k for k in _KEPT if k < self.header["k"]] + [self.header["k"]]
+        kept, entropy = np.zeros(len(counts)), np.zeros(len(counts))
+        num_utterances = num_frames = num_bytes = 0
+        for number in numbers:
+            num_bytes += self._shards.num_bytes(number)
+            for _, decoded in self.iter_decoded(number):
+                posteriors = np.exp(decoded.log_posteriors.astype(np.float64))
+                mass = posteriors.cumsum(axis=1)[:, [k - 1 for k in counts]]
+                kept += ((1 - decoded.dropped[:, None]) * mass).sum(axis=0)
+                entropy += [_entropy(posteriors[:, :k]) for k in counts]
+                num_utterances += 1
+                num_frames += len(posteriors)
+        frames = max(num_frames, 1)
+        return StoreInfo(
+            num_shards=len(numbers),
+            num_utterances=num_utterances,
+            num_frames=num_frames,
+            hours=num_frames * self.header["frames"]["shift_seconds"] / 3600,
+            bytes_per_frame=num_bytes / frames,
+            kept=dict(zip(counts, (kept / frames).tolist(), strict=True)),
+            entropy_nats=dict(zip(counts, (entropy / frames).tolist(), strict=True)),
+        )
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What `store info` prints. `kept` is the mean probability of the k highest senones, by k."""
+    """Sizes and means of a store. For the k highest senones of a frame, by k: the probability that they have
+    together, and the entropy of their renormalised posteriors.
+    """
 
     num_shards: int
     num_utterances: int
@@ -225,49 +327,10 @@ class StoreInfo:
     hours: float
     bytes_per_frame: float
     kept: dict[int, float]
-    entropy_nats: float
+    entropy_nats: dict[int, float]
 
 
-def describe(folder: Path | str) -> str:
-    """What a store holds and what it belongs to, as a table for people."""
-    store = TargetStore(folder)
-    info = store.info()
-    rows = [
-        ("shards", f"{info.num_shards:,}"),
-        ("utterances", f"{info.num_utterances:,}"),
-        ("frames", f"{info.num_frames:,}"),
-        ("hours", f"{info.hours:,.2f}"),
-        ("bytes a frame", f"{info.bytes_per_frame:.1f}"),
-        ("senones", f"{store.header['num_senones']:,}"),
-        *[(f"mass kept by {k}", f"{mass:.4f}") for k, mass in info.kept.items()],
-        ("entropy", f"{info.entropy_nats:.3f} nats"),
-        *[(name, str(value)) for name, value in sorted(store.header["provenance"].items())],
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _coding(id_dtype: np.dtype[Any]) -> dict[str, Any]:
-    return {
-        "ids": f"{id_dtype.name}, by falling log-posterior",
-        "log_posteriors": "float16 natural logarithm, rounded to nearest, not renormalised",
-        "dropped": "float16 probability",
-        # of x: at most the larger of the two; of a probability p: max p |ln p| 2^-11 = 2^-11 / e
-        "worst_error": {
-            "relative_nats": 2.0**-11,
-            "absolute_nats": 2.0**-25,
-            "below": "less than -65504 may become -inf",
-            "probability": 1.8e-4,
-        },
-    }
-
-
-def _as_targets(arrays: Arrays) -> Targets:
-    log_posteriors = torch.from_numpy(arrays["log_posteriors"].astype(np.float32))
-    return arrays["ids"].astype(np.int32), renormalise(log_posteriors).numpy()
-
-
-def _expected(log_posteriors: NDArray[np.float64]) -> float:
-    """Sum over frames and senones of p log p, where 0 log 0 is 0."""
-    posteriors = np.exp(log_posteriors)
-    return float((posteriors * np.where(posteriors > 0, log_posteriors, 0)).sum())
+def _entropy(posteriors: NDArray[np.float64]) -> float:
+    """Summed over frames, of posteriors (T, K) once they are renormalised; 0 log 0 is 0."""
+    shares = posteriors / posteriors.sum(axis=1, keepdims=True)
+    return -float((shares * np.log(np.where(shares > 0, shares, 1))).sum())

@@ -68,7 +68,7 @@ def test_an_unknown_key_at_any_depth_names_the_nearest(
 
 
 def test_a_key_like_no_other_is_answered_with_all_of_its_section(toml: Path) -> None:
-    assert "[label] knows batch_frames, k" in refusal(toml, "label.zzzzzz=1")
+    assert "[label] knows batch_frames, chunk_frames, coding" in refusal(toml, "label.zzzzzz=1")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,10 @@ def test_overrides_may_follow_an_option(toml: Path, capsys: pytest.CaptureFixtur
         "student.optimisation.block_momentum=1.0",
         "student.optimisation.learning_rate=0.0",
         "label.k=0",
+        "label.numeric_mode=fp16",
+        "label.chunk_frames=0",
+        "label.max_bad_share=1.5",
+        "label.lease_seconds=0",
         "decode.acoustic_scales=[]",
         "decode.bootstrap_samples=0",
     ],

@@ -10,13 +10,15 @@ LAYERS = [
     "settings config files features lexicon alignments alignment_comparison mfcc gaussians tied_states "
     "senones events questions tree_roots tree_view decision_tree kaldi_io event_map kaldi_topology "
     "language_model grammar speakers noise losses models posteriors pseudo_words schedule progress "
-    "processes spelling scoring error_tables results_table openfst lattice word_times vocabulary wheels",
+    "processes pipeline claims target_codec store_arguments spelling scoring error_tables results_table "
+    "openfst lattice word_times vocabulary wheels partial_files",
     "conditions extraction feature_reader data_folders prefetch checkpoint packed_index packed manifests "
-    "experiment dataset store batches training_log kaldi_tree alignment_index kaldi_alignments ctm "
-    "textgrid kaldi_inventory training_graphs graph",
+    "inference shard_folder catalogue codings store_export experiment dataset store batches training_log "
+    "kaldi_tree alignment_index kaldi_alignments ctm textgrid kaldi_inventory training_graphs graph",
     "espeak pronunciation recording corpus sources feature_shards prepare flat_start_shards flat_start "
     "align_sources align tie workers train trainings label decode graph_sources sclite speed evaluate "
-    "dry_run report report_data report_errors report_figures report_page report_sections",
+    "dry_run report report_data report_errors report_figures report_page report_sections store_commands "
+    "store_figures",
     "run cli __main__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

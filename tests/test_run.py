@@ -69,13 +69,13 @@ def test_shard_i_of_cuts_features_and_targets_hold_the_same_utterances_in_the_sa
     tiny_experiment: Path,
 ) -> None:
     features = open_shards(tiny_experiment / "features" / "unlabelled", "features")
-    targets = open_shards(tiny_experiment / "targets", "targets")
+    targets = TargetStore(tiny_experiment / "targets")
     cuts = sorted((tiny_experiment / "corpus" / "unlabelled").glob("cuts.*.jsonl"))
-    assert len(features) == len(targets) == len(cuts) > 1
-    for path, values, labels in zip(cuts, features, targets):
+    assert len(features) == targets.num_shards == len(cuts) > 1
+    for number, (path, values) in enumerate(zip(cuts, features)):
         names = tuple(json.loads(line)["id"] for line in path.read_text().splitlines())
-        assert values.ids == labels.ids == names
-        assert np.array_equal(values.num_frames, labels.num_frames)
+        assert values.ids == targets.shard_ids(number) == names
+        assert [len(ids) for _, ids, _ in targets.iter_shard(number)] == values.num_frames.tolist()
 
 
 def test_targets_are_distributions_over_the_senones_of_the_inventory(tiny_experiment: Path) -> None:
@@ -116,6 +116,25 @@ def test_the_whole_run_under_torchrun_gives_the_same_contents(tiny_experiment: P
     done = run([str(ROOT / "launch" / "torchrun.sh"), "2", "run", str(TINY), f"folder={folder}"])
     assert done.returncode == 0, done.stderr
     assert hashes(folder) == hashes(tiny_experiment)
+
+
+def test_processes_that_are_started_one_by_one_label_together_and_the_record_is_as_of_one(
+    tiny_experiment: Path, tmp_path: Path
+) -> None:
+    folder = copy_without(tiny_experiment, tmp_path / "together", "label")
+    shutil.rmtree(folder / "targets")
+    command = [sys.executable, "-m", "teacherstudent", "label", str(TINY), f"folder={folder}"]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert hashes(folder) == hashes(tiny_experiment)
+    assert {path.name for path in (folder / "targets").iterdir()} == {
+        path.name for path in (tiny_experiment / "targets").iterdir()
+    }
 
 
 def test_an_error_of_one_launched_worker_ends_all_of_them(tiny_experiment: Path, tmp_path: Path) -> None:

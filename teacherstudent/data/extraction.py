@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lhotse import Fbank, FbankConfig, MonoCut, MultiCut, set_audio_duration_mismatch_tolerance
+import soundfile
+from lhotse import Fbank, FbankConfig, MonoCut, MultiCut, Recording, set_audio_duration_mismatch_tolerance
 from lhotse.serialization import deserialize_item
 from lhotse.utils import fastcopy
 
@@ -109,6 +110,7 @@ def _load(cut: MonoCut, audio_folder: Path) -> np.ndarray:
     for source in sources:
         if not (audio_folder / source.source).is_file():
             raise Unusable(f"the audio is missing: {source.source}")
+        _check_rate(cut, audio_folder / source.source, str(source.source))
     try:
         samples = cut.with_recording_path_prefix(str(audio_folder)).load_audio()
     except Exception as error:  # lhotse raises many kinds, from its backends too
@@ -119,6 +121,27 @@ def _load(cut: MonoCut, audio_folder: Path) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise Unusable("samples that are not finite")
     return samples
+
+
+def _check_rate(cut: MonoCut, path: Path, name: str) -> None:
+    """lhotse believes its manifest: a file of another rate would be heard as slower or faster speech."""
+    if path.suffix.lower() not in (".wav", ".flac"):  # compressed ones are decoded to the manifest's rate
+        return
+    try:
+        rate = soundfile.info(path).samplerate
+    except soundfile.SoundFileError:
+        return  # loading it says what is wrong
+    if rate != (expected := _rate_of_file(cut.recording)):
+        raise Unusable(f"the audio cannot be read: {name} (at {rate} Hz, its manifest says {expected})")
+
+
+def _rate_of_file(recording: Recording) -> int:
+    """Before lhotse resamples it."""
+    for transform in recording.transforms or []:
+        facts = transform if isinstance(transform, dict) else transform.to_dict()
+        if facts["name"] == "Resample":
+            return int(facts["kwargs"]["source_sampling_rate"])
+    return int(recording.sampling_rate)
 
 
 def _reason(error: Exception, audio_folder: Path) -> str:

@@ -143,7 +143,7 @@ class AudioShard:
             raise ValueError(
                 f"{self.path}: utterance {utterance_id!r}: {error}. It could be read when the features were "
                 "prepared: bring the audio back, or prepare anew"
-            ) from None
+            ) from error
 
     def __iter__(self) -> Iterator[tuple[str, Arrays]]:
         return ((name, self[name]) for name in self.ids)

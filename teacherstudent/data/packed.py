@@ -6,8 +6,6 @@ file is written under a temporary name, renamed when complete, and never changed
 """
 # N utterances, T frames
 
-import contextlib
-import fcntl
 import json
 import os
 import re
@@ -15,7 +13,8 @@ import secrets
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -25,10 +24,13 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from teacherstudent.data.packed_index import Index, Layout, block_checksums, naming, read_index, write_index
+from teacherstudent.data.partial_files import lock, remove_abandoned
+from teacherstudent.files import hash_file, write_text
 
 BLOCK_FRAMES = 256  # frames under one checksum, and in one HDF5 chunk
 _BUFFER_BLOCKS = 16  # written, or read in order, at a time
 
+_FETCHES = 3
 _OPEN_FILES = 64  # at a time and thread, however many shards there are
 _opened = threading.local()
 
@@ -46,20 +48,37 @@ def shard_number(path: Path | str) -> int | None:
     return int(match[1]) if match else None
 
 
-def open_shards(folder: Path | str, stem: str) -> list["PackedShard"]:
-    """The shards stem.000000.h5, stem.000001.h5, … of a folder, in order.
+def hash_path(path: Path) -> Path:
+    """Where the SHA-256 of a whole shard lies, in a line that `sha256sum --check` reads."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def hash_line(path: Path, digest: str) -> str:
+    return f"{digest}  {path.name}\n"
+
+
+def count_shards(names: Iterable[str], folder: Path | str, stem: str) -> int:
+    """How many shards stem.000000.h5, stem.000001.h5, … are among the names of a folder's files.
 
     Raises ValueError when there are none, or when a number is missing.
     """
-    names = Path(folder).glob(f"{stem}.*.h5")
-    found = {number: path for path in names if (number := shard_number(path)) is not None}
-    missing = sorted(set(range(max(found, default=0) + 1)) - set(found))
+    numbers = (shard_number(name) for name in names if name.startswith(f"{stem}."))
+    found = {number for number in numbers if number is not None}
+    missing = sorted(set(range(max(found, default=0) + 1)) - found)
     if missing:
         what = f"shard {shard_path(folder, stem, missing[0]).name} is missing ({len(missing)} missing in all)"
         raise ValueError(
             f"{folder}: {what}. Run the step that writes {stem!r} again: it makes what is missing"
         )
-    return [PackedShard(found[number]) for number in sorted(found)]
+    return len(found)
+
+
+def open_shards(folder: Path | str, stem: str) -> list["PackedShard"]:
+    """The shards of a folder, in order. Raises ValueError when there are none, or when a number is missing."""
+    names = [path.name for path in Path(folder).glob(f"{stem}.*.h5")]
+    return [
+        PackedShard(shard_path(folder, stem, number)) for number in range(count_shards(names, folder, stem))
+    ]
 
 
 class PackedWriter:
@@ -67,7 +86,7 @@ class PackedWriter:
 
     `header` is anything JSON can hold; `arrays` gives each array's type and the shape of one frame:
     `PackedWriter(path, {"sampling_rate": 16000}, {"values": ("float16", (192,))})`.
-    The bytes depend on what is written alone.
+    The bytes depend on what is written alone. `hashed` writes the file's SHA-256 beside it.
     """
 
     def __init__(
@@ -76,6 +95,7 @@ class PackedWriter:
         header: Mapping[str, Any],
         arrays: Mapping[str, tuple[DTypeLike, tuple[int, ...]]],
         block_frames: int = BLOCK_FRAMES,
+        hashed: bool = False,
     ) -> None:
         if not arrays or block_frames < 1:
             raise ValueError(
@@ -89,6 +109,7 @@ class PackedWriter:
             for name, (dtype, shape) in sorted(arrays.items())
         }
         self._block_frames = block_frames
+        self._hashed = hashed
         self._frames_of: dict[str, int] = {}
         self._pending: dict[str, list[NDArray[Any]]] = {name: [] for name in self._layouts}
         self._num_written = 0
@@ -99,10 +120,10 @@ class PackedWriter:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(self.path)
+        remove_abandoned(self.path)
         # The version's metadata carries checksums; the lock is our own, and lasts until the file has its name.
         self._file = h5py.File(self._partial, "x", libver="v110", locking=False)
-        self._lock = _lock(self._partial)
+        self._lock = lock(self._partial)
         for name, layout in self._layouts.items():
             self._file.create_dataset(
                 f"arrays/{name}",
@@ -126,6 +147,8 @@ class PackedWriter:
             self._file.close()
             if error is None:
                 _synchronise(self._partial)
+                if self._hashed:  # first: a shard that is there is not written again
+                    write_text(hash_path(self.path), hash_line(self.path, hash_file(self._partial)))
                 os.replace(self._partial, self.path)
         finally:
             self._file.close()
@@ -201,18 +224,20 @@ class PackedShard:
     """Reads one shard, by utterance or in order; every byte is checked before it is handed out.
 
     Opened when first used, and again after a fork; may be pickled (it is reopened by path). Everything raised
-    about the file is a ValueError that names it, and the utterance where there is one.
+    about the file is a ValueError that names it, and the utterance where there is one. `fetch`, if given, is called
+    with the path before the file is opened, and brings it there.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, fetch: Callable[[Path], None] | None = None) -> None:
         self.path = Path(path)
+        self._fetch = fetch
         self._file: h5py.File | None = None
         self._datasets: dict[str, h5py.Dataset] = {}
         self._process_id = -1
         self._loaded: Index | None = None
 
-    def __reduce__(self) -> tuple[type["PackedShard"], tuple[Path]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[type["PackedShard"], tuple[Path, Callable[[Path], None] | None]]:
+        return type(self), (self.path, self._fetch)
 
     def __repr__(self) -> str:
         return f"PackedShard({str(self.path)!r})"
@@ -266,16 +291,21 @@ class PackedShard:
 
         The arrays of neighbouring utterances are parts of one larger one: copy what is kept for long.
         """
+        for ids, offsets, arrays in self.iter_batches():
+            for utterance_id, start, stop in zip(ids, offsets[:-1].tolist(), offsets[1:].tolist()):
+                yield utterance_id, {name: values[start:stop] for name, values in arrays.items()}
+
+    def iter_batches(
+        self, num_blocks: int = _BUFFER_BLOCKS
+    ) -> Iterator[tuple[tuple[str, ...], NDArray[np.int64], Arrays]]:
+        """Of many neighbouring utterances at a time, in order: ids (n), offsets (n + 1), arrays end to end."""
         index = self._index
         first = 0
         while first < len(index.ids):
-            limit = int(index.offsets[first]) + _BUFFER_BLOCKS * index.block_frames
+            limit = int(index.offsets[first]) + num_blocks * index.block_frames
             last = max(int(np.searchsorted(index.offsets, limit, side="right")) - 1, first + 1)
-            arrays = self._read(first, last)
-            start = int(index.offsets[first])
-            for position in range(first, last):
-                part = slice(int(index.offsets[position]) - start, int(index.offsets[position + 1]) - start)
-                yield index.ids[position], {name: values[part] for name, values in arrays.items()}
+            offsets = index.offsets[first : last + 1] - index.offsets[first]
+            yield index.ids[first:last], offsets, self._read(first, last)
             first = last
 
     def verify(self) -> None:
@@ -300,14 +330,19 @@ class PackedShard:
 
     def _open(self) -> h5py.File:
         if self._file is None or self._process_id != os.getpid():
-            if not self.path.is_file():
-                raise ValueError(f"{self.path}: no such shard. Run the step that writes it")
             self._datasets.clear()
-            with naming(self.path):
-                self._file = h5py.File(self.path, "r")
+            self._file = self._open_file()
             self._process_id = os.getpid()
         self._close_the_oldest()
         return self._file
+
+    def _open_file(self) -> h5py.File:
+        for _ in range(_FETCHES):  # another process may make room in the cache, of this one's shard
+            if self._fetch is not None:
+                self._fetch(self.path)
+            with suppress(FileNotFoundError), naming(self.path):
+                return h5py.File(self.path, "r", rdcc_nbytes=0)  # whole blocks are read: no use keeping them
+        raise ValueError(f"{self.path}: no such shard. Run the step that writes it")
 
     def _close_the_oldest(self) -> None:
         """Of this thread's shards, where there are too many; it is opened again when it is used again.
@@ -352,25 +387,6 @@ class PackedShard:
                 where = f"{self.path}: {index.describe_block(block)}"
                 raise ValueError(f"{where}: block {block} of {name!r} is damaged: write the shard again")
         return values
-
-
-def _remove_abandoned(path: Path) -> None:
-    """What killed writers of this shard left behind; not what another one is writing now, which holds a lock on it.
-
-    Where the file system has no locks nothing is removed.
-    """
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
-        with contextlib.suppress(OSError), partial.open("rb") as file:  # locked, or gone meanwhile
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink()
-
-
-def _lock(path: Path) -> BinaryIO:
-    """Until it is closed, or the process ends however it does. Shared, so that the renamed file can be read at once."""
-    file = path.open("rb")
-    with contextlib.suppress(OSError):  # no locks here
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return file
 
 
 def _synchronise(path: Path) -> None:

@@ -120,9 +120,11 @@ def block_checksums(values: NDArray[Any], block_frames: int) -> list[int]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn what h5py raises about a damaged file into a ValueError that names it."""
+    """Turn what h5py raises about a damaged file into a ValueError that names it; not so that there is none."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, or not a shard: {error}. Write the shard again") from error
 
@@ -152,7 +154,7 @@ def _check_dataset(file: h5py.File, path: Path, name: str, layout: Layout, size:
     _need(path, name, isinstance(dataset, h5py.Dataset), "it is not a dataset")
     got, needed = (dataset.dtype, dataset.shape), (layout.dtype, (size, *layout.shape))
     _need(path, name, got == needed, f"got type and shape {got}, need {needed}")
-    fits = size * layout.frame_bytes <= path.stat().st_size
+    fits = size * layout.frame_bytes <= file.id.get_filesize()
     _need(path, name, fits, "it would be larger than the file")
 
 

@@ -47,7 +47,7 @@ from teacherstudent.experiment import Experiment
 from teacherstudent.files import write_json, write_text
 from teacherstudent.progress import HoursBar, hours_bar
 from teacherstudent.training import checkpoint
-from teacherstudent.training.label import infer
+from teacherstudent.training.inference import infer
 from teacherstudent.training.models import model_from_state
 from teacherstudent.tying.senones import Inventory
 

@@ -40,7 +40,11 @@ class AcousticModel(nn.Module):
 
         noise: draws the dropout masks while training; without it there is no dropout.
         """
-        hidden = (features.to(self.output.weight.dtype) - self.mean) / self.deviation
+        return self.output(self.encode(features, lengths, noise).to(self.output.weight.dtype))
+
+    def encode(self, features: Tensor, lengths: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """As forward, but for the output layer: (B, T, C * D), in the type of the LSTM layers' weights."""
+        hidden = (features.to(self.mean.dtype) - self.mean) / self.deviation
         delay = self.network.output_delay_frames
         if delay:
             hidden = _repeat_last(hidden, lengths, delay)
@@ -48,7 +52,7 @@ class AcousticModel(nn.Module):
             if index and noise is not None and self.network.dropout:
                 hidden = hidden * self._mask(hidden, noise)
             hidden = layer(hidden, lengths)
-        return self.output(hidden[:, delay:])
+        return hidden[:, delay:]
 
     def _mask(self, hidden: Tensor, noise: torch.Generator) -> Tensor:
         """One mask an utterance, the same for all its frames (Gal & Ghahramani 2016)."""
@@ -72,6 +76,7 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, inputs) -> (B, T, C * directions)."""
+        hidden = hidden.to(next(self.parameters()).dtype)
         outputs = [self.directions[0](hidden)[0]]
         if len(self.directions) == 2:
             backwards = self.directions[1](_reverse(hidden, lengths))[0]

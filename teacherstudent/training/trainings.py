@@ -77,10 +77,8 @@ def provenance(experiment: Experiment) -> dict[str, str]:
 
 
 def target_provenance(experiment: Experiment) -> dict[str, str]:
-    return provenance(experiment) | {
-        "teacher": hash_file(experiment.path("teacher", "best.pt")),
-        "numeric_mode": "fp32",
-    }
+    """What the targets of this experiment belong to; the store sees to it that all of them are computed alike."""
+    return provenance(experiment) | {"teacher": hash_file(experiment.path("teacher", "best.pt"))}
 
 
 def labelled_source(experiment: Experiment, part: str, network: Network, batch_frames: int) -> Source:
@@ -110,13 +108,19 @@ def _source(
             f"part {part!r}: {len(features)} shards of features but {len(labels)} of labels: the step that makes the "
             "labels has to run again"
         )
-    chosen = [_Chosen(*pair) for pair in zip(features, labels)] if name == HUMAN_SOURCE else features
+    chosen = [_choose(*pair) for pair in zip(features, labels)]
     lengths = [shard.num_frames for shard in chosen]
     return Source(name, chosen, labels, lengths, batch_frames, experiment.config.seed)
 
 
+def _choose(features: FeatureShard, labels: Utterances) -> "FeatureShard | _Chosen":
+    return features if tuple(features.ids) == tuple(labels.ids) else _Chosen(features, labels)
+
+
 class _Chosen:
-    """The utterances of a feature shard that have labels: those without an alignment have none."""
+    """The utterances of a feature shard that have labels: those without an alignment, or whose audio was spoilt when
+    the teacher came to them, have none.
+    """
 
     def __init__(self, features: FeatureShard, labels: Utterances) -> None:
         labelled = set(labels.ids)

@@ -1,0 +1,1 @@
+"""What the target store is made of: codings, catalogue, shards behind URLs, the `store` command."""

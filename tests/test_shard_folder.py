@@ -1,0 +1,230 @@
+"""A store at a URL reads as the local one does, through a cache that never outgrows its limit nor hands out another
+shard; and an utterance is found among any number of shards.
+"""
+
+import multiprocessing
+import os
+import re
+import shutil
+import sqlite3
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from teacherstudent import store as store_module
+from teacherstudent.data.packed import hash_path, shard_path
+from teacherstudent.store import TargetStore, TargetWriter
+from teacherstudent.targets.catalogue import build_catalogue, find_shards
+
+torch.set_num_threads(1)
+
+NUM_SHARDS = 5
+
+
+def write_store(folder, num_shards=NUM_SHARDS, seed=0):
+    for number in range(num_shards):
+        draw = torch.Generator().manual_seed(seed + number)
+        with TargetWriter(shard_path(folder, "targets", number), 50, 5, {"teacher": "aa"}) as writer:
+            for place in range(3):
+                writer.write(f"s{number}-u{place}", torch.randn(20 + place, 50, generator=draw))
+    return folder
+
+
+@pytest.fixture(params=["file", "memory"])
+def remote(request, tmp_path):
+    """A URL with a store behind it, and the same store in a local folder."""
+    folder = write_store(tmp_path / "original")
+    if request.param == "file":
+        return f"file://{folder}", folder
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    for path in folder.iterdir():
+        files.pipe_file(f"/bucket/targets/{path.name}", path.read_bytes())
+    return "memory://bucket/targets", folder
+
+
+def read_all(store):
+    return {
+        utterance_id: [part.tolist() for part in decoded]
+        for number in range(store.num_shards)
+        for utterance_id, decoded in store.iter_decoded(number)
+    }
+
+
+def cached_bytes(folder):
+    return sum(path.stat().st_size for path in folder.glob("*/*.h5"))
+
+
+def test_a_store_at_a_url_reads_as_the_local_one_does(tmp_path, remote):
+    url, folder = remote
+    store = TargetStore(url, {"teacher": "aa"}, tmp_path / "cache")
+    local = TargetStore(folder)
+    assert store.num_shards == NUM_SHARDS and store.header == local.header
+    assert read_all(store) == read_all(local)
+    for utterance_id in ("s4-u2", "s0-u0", "s2-u1"):
+        np.testing.assert_array_equal(store[utterance_id][1], local[utterance_id][1])
+    assert store.info() == local.info()
+    store.verify()
+    with pytest.raises(ValueError, match="got teacher = 'aa', need 'bb'"):
+        TargetStore(url, {"teacher": "bb"}, tmp_path / "cache")
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path, remote, monkeypatch):
+    monkeypatch.setattr(store_module, "_OPEN_SHARDS", 1)
+    url, folder = remote
+    size = max(path.stat().st_size for path in folder.glob("*.h5"))
+    store = TargetStore(url, None, tmp_path / "cache", cache_bytes=2 * size)
+    for number in (1, 0, 2):  # 0 came first, with the header, and was used again after 1
+        store.read(number, f"s{number}-u0")
+    left = {path.name for path in (tmp_path / "cache").glob("*/*.h5")}
+    assert left == {"targets.000000.h5", "targets.000002.h5"}
+
+
+def test_the_cache_keeps_to_its_limit_whatever_is_read(tmp_path, remote, monkeypatch):
+    monkeypatch.setattr(store_module, "_OPEN_SHARDS", 1)
+    url, folder = remote
+    size = max(path.stat().st_size for path in folder.glob("*.h5"))
+    store = TargetStore(url, None, tmp_path / "cache", cache_bytes=2 * size + 100)
+    for number in (0, 1, 2, 3, 4, 0, 2):
+        store.read(number, f"s{number}-u0")
+        assert 0 < cached_bytes(tmp_path / "cache") <= 2 * size + 100
+    assert read_all(store) == read_all(TargetStore(folder))
+    left = {path.name for path in (tmp_path / "cache").glob("*/*")}
+    newest = {shard_path("", "targets", number).name for number in (3, 4)}
+    assert left == newest | {f"{name}.sha256" for name in newest}
+
+
+def test_a_shard_that_the_cache_cannot_hold_is_refused_with_what_to_raise(tmp_path, remote):
+    with pytest.raises(
+        ValueError, match=r"cache may hold 100 bytes, targets\.000000\.h5 has \d+: raise cache_bytes"
+    ):
+        TargetStore(remote[0], None, tmp_path / "cache", cache_bytes=100)
+
+
+def test_a_shard_that_was_damaged_on_its_way_is_refused_and_does_not_stay(tmp_path, remote, monkeypatch):
+    url, _ = remote
+    files, folder = fsspec.url_to_fs(url)
+    name = f"{folder}/targets.000000.h5"
+    whole = files.cat_file(name)
+    files.pipe_file(name, whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"targets\.000000\.h5 is not what targets\.000000\.h5\.sha256 says"):
+        TargetStore(url, None, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/*.h5")) and not list(
+        (tmp_path / "cache").glob("*/.*.partial")
+    )
+    files.pipe_file(name, whole)
+    TargetStore(url, None, tmp_path / "cache").verify()
+
+
+def test_a_shard_without_its_hash_is_refused(tmp_path, remote):
+    files, folder = fsspec.url_to_fs(remote[0])
+    files.rm_file(f"{folder}/targets.000000.h5.sha256")
+    with pytest.raises(ValueError, match=r"targets\.000000\.h5 has no targets\.000000\.h5\.sha256 beside it"):
+        TargetStore(remote[0], None, tmp_path / "cache")
+
+
+def test_a_store_that_was_written_anew_is_fetched_anew(tmp_path):
+    folder = write_store(tmp_path / "original")
+    url, cache = f"file://{folder}", tmp_path / "cache"
+    before = read_all(TargetStore(url, None, cache))
+    write_store(folder, seed=100)
+    after = read_all(TargetStore(url, None, cache))
+    assert after == read_all(TargetStore(folder)) != before
+
+
+def test_stores_of_two_urls_do_not_mix_in_one_cache(tmp_path):
+    folders = [write_store(tmp_path / name, seed=seed) for name, seed in (("one", 0), ("two", 50))]
+    stores = [TargetStore(f"file://{folder}", None, tmp_path / "cache") for folder in folders]
+    for _ in range(2):
+        for store, folder in zip(stores, folders):
+            assert read_all(store) == read_all(TargetStore(folder))
+
+
+def read_in_process(arguments):
+    url, cache, seed = arguments
+    store = TargetStore(url, None, cache, cache_bytes=40_000)  # two shards
+    draw, found = np.random.default_rng(seed), {}
+    for _ in range(15):
+        number, place = draw.integers(NUM_SHARDS), draw.integers(3)
+        utterance_id = f"s{number}-u{place}"
+        found[utterance_id] = [part.tolist() for part in store.decode(int(number), utterance_id)]
+    return found
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_share_a_cache_that_is_too_small_for_them_and_all_read_the_truth(tmp_path, method):
+    folder = write_store(tmp_path / "original")
+    truth = read_all(TargetStore(folder))
+    work = [(f"file://{folder}", tmp_path / "cache", seed) for seed in range(4)]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        for found in pool.map(read_in_process, work):
+            assert all(truth[utterance_id] == decoded for utterance_id, decoded in found.items())
+    assert not list((tmp_path / "cache").glob("*/.*.partial"))
+
+
+def _read_inherited(store, answers):
+    answers.put([store[utterance_id][0].tolist() for utterance_id in ("s0-u0", "s4-u2")])
+
+
+def test_a_store_that_is_open_reads_the_same_after_a_fork(tmp_path):
+    store = TargetStore(f"file://{write_store(tmp_path / 'original')}", None, tmp_path / "cache")
+    needed = [store[utterance_id][0].tolist() for utterance_id in ("s0-u0", "s4-u2")]
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_read_inherited, args=(store, answers))
+    child.start()
+    assert answers.get() == needed
+    child.join()
+    assert [store[utterance_id][0].tolist() for utterance_id in ("s0-u0", "s4-u2")] == needed
+
+
+def test_a_url_that_needs_another_package_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"s3://bucket/targets: .*s3fs"):
+        TargetStore("s3://bucket/targets", None, tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_large_store_finds_utterances_by_a_catalogue_that_is_made_once(tmp_path, monkeypatch, scheme):
+    monkeypatch.setattr(store_module, "_OPEN_SHARDS", 2)
+    folder = write_store(tmp_path / "original")
+    built = []
+    monkeypatch.setattr(
+        store_module, "build_catalogue", lambda path, ids: built.append(build_catalogue(path, ids))
+    )
+    for _ in range(2):
+        store = TargetStore(f"{scheme}{folder}", None, tmp_path / "cache")
+        for number in (3, 0, 4, 4, 1, 2):
+            for place in range(3):
+                assert store[f"s{number}-u{place}"][0].shape == (20 + place, 5)
+            assert len(store._open) <= 2
+        with pytest.raises(KeyError, match="no targets for utterance 'nobody'"):
+            store["nobody"]
+    assert len(built) == 1
+    write_store(folder, num_shards=NUM_SHARDS + 1, seed=7)  # another store now: another catalogue
+    assert TargetStore(f"{scheme}{folder}", None, tmp_path / "cache")["s5-u1"][0].shape == (21, 5)
+    assert len(built) == 2
+
+
+def test_the_catalogue_names_the_shards_of_every_utterance_and_of_no_other(tmp_path):
+    path = tmp_path / "catalogue.sqlite"
+    build_catalogue(path, [[f"{shard}-{place}" for place in range(50)] + ["twice"] for shard in range(20)])
+    for shard in range(20):
+        for place in range(50):
+            assert find_shards(path, f"{shard}-{place}") == [shard]
+    assert find_shards(path, "twice") == list(range(20)) and find_shards(path, "nobody") == []
+    with sqlite3.connect(path) as connection:
+        plan = connection.execute("EXPLAIN QUERY PLAN SELECT shard FROM utterances WHERE hash = 1").fetchall()
+    assert re.search("USING COVERING INDEX by_hash", str(plan))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_gap_among_the_shards_is_an_error_at_a_url_too(tmp_path):
+    folder = write_store(tmp_path / "original")
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (shard_path(folder, "targets", 2), hash_path(shard_path(folder, "targets", 2))):
+        os.remove(path)
+    for place in (folder, f"file://{folder}"):
+        with pytest.raises(ValueError, match=r"targets\.000002\.h5 is missing"):
+            TargetStore(place, None, tmp_path / "cache")
