@@ -32,6 +32,12 @@ def walk_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines as other tools count them: str.splitlines also cuts at form feeds, U+0085, U+2028 and the like."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old contents or the new, never half."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

@@ -21,7 +21,6 @@ from teacherstudent.decoding.decode import Decoder, Hypothesis, Recogniser, Weig
 from teacherstudent.decoding.graph import Graph
 from teacherstudent.decoding.language_model import BEGIN, END, LanguageModel
 
-pytest.importorskip("kaldi_decoder")
 ROUNDING = 5e-3  # compiling a graph rounds its weights to 1/1024
 WIDE = Decode(beam=1000.0, max_active=100000, jobs=1)
 

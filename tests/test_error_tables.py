@@ -10,8 +10,6 @@ from teacherstudent.decoding.error_tables import Utterance, compare_systems, sco
 from teacherstudent.decoding.results_table import _comparisons, format_p
 from teacherstudent.files import write_json
 
-pytest.importorskip("kaldialign")
-
 
 def make_cut(custom=None, supervised=None, **supervision):
     segment = SupervisionSegment("s", "r", 0.0, 1.5, text="a b", custom=supervised, **supervision)

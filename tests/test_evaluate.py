@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import kaldi_decoder
+import kaldifst
 import numpy as np
 import pytest
 import torch
@@ -174,12 +176,11 @@ def test_the_frame_error_is_the_share_of_frames_whose_best_senone_is_another(tin
 
 @torch.no_grad()
 def test_on_a_networks_posteriors_all_of_kaldis_searches_find_the_same(tiny_experiment: Path) -> None:
-    wheel, kaldifst = pytest.importorskip("kaldi_decoder"), pytest.importorskip("kaldifst")
     experiment = Experiment(load(TINY, [f"folder={tiny_experiment}"]))
     inventory = Inventory.load(tiny_experiment / "senones" / "inventory.json")
     graph = build_graph(experiment, inventory)
     decoder, fst = Decoder(graph, lattice_beam=0.5), graph.load()
-    simple = wheel.SimpleDecoder(fst, 15.0)  # which does not keep the graph alive
+    simple = kaldi_decoder.SimpleDecoder(fst, 15.0)  # which does not keep the graph alive
     model = model_from_state(checkpoint.load(tiny_experiment / "teacher" / "best.pt"))
     (shard,) = open_shards(tiny_experiment / "features" / "test", "features")
     for name in shard.ids[:6]:
@@ -187,7 +188,7 @@ def test_on_a_networks_posteriors_all_of_kaldis_searches_find_the_same(tiny_expe
         posteriors = model(frames[None], torch.tensor([len(frames)]))[0].log_softmax(dim=1).numpy()
         best = decoder(posteriors, inventory.log_priors, 1.0)
         scores = np.ascontiguousarray(posteriors - inventory.log_priors, np.float32)
-        assert simple.decode(wheel.DecodableCtc(scores))
+        assert simple.decode(kaldi_decoder.DecodableCtc(scores))
         _, _, words, weight = kaldifst.get_linear_symbol_sequence(simple.get_best_path()[1])
         assert best.words == tuple(graph.words[word - 1] for word in words)
         assert best.score == pytest.approx(-(weight.value1 + weight.value2), abs=1e-3)

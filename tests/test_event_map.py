@@ -1,3 +1,4 @@
+import kaldi_hmm_gmm as khg
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,7 +28,6 @@ THREE_STATES = (
 
 def kaldis(tree):
     """Kaldi's own object, from our binary."""
-    khg = pytest.importorskip("kaldi_hmm_gmm")
     read = khg.ContextDependency.__new__(khg.ContextDependency)
     read.__setstate__(([byte - 256 if byte > 127 else byte for byte in tree.binary(header=False)],))
     return read
@@ -56,7 +56,6 @@ def test_kaldi_reads_our_binary_writes_the_same_text_and_gives_the_same_pdfs(tre
 
 
 def test_a_file_that_kaldi_wrote_is_read_and_written_again_byte_for_byte(tmp_path):
-    khg = pytest.importorskip("kaldi_hmm_gmm")
     theirs = khg.monophone_context_dependency([1, 2, 3], [-1, 3, 3, 5])
     for binary in (True, False):
         theirs.write(binary=binary, filename=str(tmp_path / "tree"))

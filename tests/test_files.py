@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from teacherstudent.files import walk_files, write_json
+from teacherstudent.files import split_lines, walk_files, write_json
 
 
 def test_json_is_written_in_the_order_given(tmp_path: Path) -> None:
@@ -37,3 +37,9 @@ def test_every_file_is_found_once_behind_links_too_but_hidden_ones(tmp_path):
     found = [path.relative_to(top).as_posix() for path in walk_files(top)]
     assert found == ["a/1", "b/2", "c/deep/3"]
     assert walk_files(tmp_path / "nowhere") == []
+
+
+def test_lines_end_where_a_file_counts_them_and_nowhere_else():
+    assert split_lines("") == []
+    assert split_lines("a\n") == split_lines("a") == split_lines("a\r\n") == ["a"]
+    assert split_lines("a\n\nb\u2028c\fd\x85e\n\n") == ["a", "", "b\u2028c\fd\x85e", ""]

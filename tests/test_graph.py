@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 
+import kaldifst
 import numpy as np
 import pytest
 from tiny_speech import LANGUAGE_MODEL, LEXICON, PHONES, tiny_inventory
@@ -14,8 +15,6 @@ from teacherstudent.data.lexicon import Lexicon
 from teacherstudent.decoding.graph import Graph, _disambiguation, _grammar, _transition_model
 from teacherstudent.decoding.language_model import BEGIN, END, LanguageModel, estimate_bigram
 from teacherstudent.tying.kaldi_tree import topology_text
-
-kaldifst = pytest.importorskip("kaldifst")
 
 
 @pytest.fixture(scope="module")

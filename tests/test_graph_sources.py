@@ -12,8 +12,6 @@ from teacherstudent.decoding.graph_sources import build_graph, language_model_pa
 from teacherstudent.decoding.language_model import estimate_bigram, word_loop
 from teacherstudent.experiment import Experiment
 
-pytest.importorskip("kaldifst")
-
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:

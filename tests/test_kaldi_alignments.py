@@ -2,6 +2,7 @@
 
 import gzip
 
+import kaldi_hmm_gmm as khg
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,6 @@ from teacherstudent.alignment.kaldi_alignments import (
     unpack,
 )
 
-khg = pytest.importorskip("kaldi_hmm_gmm")
 NAMES = dict(enumerate(PHONES, 1))
 
 

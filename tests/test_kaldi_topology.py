@@ -1,5 +1,6 @@
 import struct
 
+import kaldi_hmm_gmm as khg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +36,6 @@ def parse(text):
 
 
 def kaldis(text):
-    khg = pytest.importorskip("kaldi_hmm_gmm")
     read = khg.HmmTopology()
     read.read(text)
     read.check()

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 
+import kaldifst
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -174,7 +175,6 @@ def test_lattices_survive_their_file_which_has_the_same_bytes_each_time(tmp_path
 
 
 def test_openfst_reads_the_text_and_finds_the_same_best_path():
-    kaldifst = pytest.importorskip("kaldifst")
     for seed in range(10):
         lattice = random_lattice(seed)
         lines = []

@@ -1,9 +1,8 @@
+import kaldifst
 import numpy as np
 import pytest
 
 from teacherstudent.decoding.openfst import Arcs, make_acceptor
-
-kaldifst = pytest.importorskip("kaldifst")
 
 ROWS = [(2, 5, 0, 0.5, 1), (0, 1, 7, 1.5, 2), (0, 2, 8, -0.25, 1), (1, 3, 9, 0.0, 2)]
 

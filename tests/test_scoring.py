@@ -3,6 +3,7 @@ import math
 import statistics
 import sys
 
+import kaldialign
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,6 @@ from hypothesis import strategies as st
 
 from teacherstudent.decoding.scoring import _matched_pairs, compare, count_errors, score
 
-kaldialign = pytest.importorskip("kaldialign")
 words = st.lists(st.sampled_from("abc"), max_size=6)
 
 

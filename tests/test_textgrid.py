@@ -8,7 +8,6 @@ from tiny_alignments import write_textgrid
 from teacherstudent.alignment.alignments import AlignmentError
 from teacherstudent.alignment.textgrid import find_textgrids, read_textgrid
 
-pytest.importorskip("praatio")
 PHONES = [(0.1, 0.3, "AE1"), (0.3, 0.45, "K")]
 WORDS = [(0.1, 0.45, 'say ""ack""')]
 SHORT = """File type = "ooTextFile"

@@ -18,6 +18,7 @@ from lhotse.utils import fastcopy
 
 from teacherstudent.data.conditions import list_audio
 from teacherstudent.data.extraction import Unusable
+from teacherstudent.files import split_lines
 
 WAV_SCP, TRANSCRIPTS = "wav.scp", "transcripts.txt"
 _UNPACKING = re.compile(r"flac(?:\s+-[cds]+)+\s+(\S+)\s*\|")  # what Kaldi's LibriSpeech recipe writes
@@ -50,7 +51,7 @@ def read_table(path: Path, values_needed: bool = True) -> dict[str, str]:
     """`key value …` a line. Raises ValueError naming file and line for a repeated key or a missing value."""
     table: dict[str, str] = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines cuts at more than that
+        lines = split_lines(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     for number, line in enumerate(lines, 1):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from teacherstudent.files import split_lines
+
 SILENCE = "SIL"
 _POSITION = re.compile("_[BIES]$")
 
@@ -59,7 +61,7 @@ class Lexicon:
     def read(cls, path: Path) -> "Lexicon":
         """Raises ValueError naming the file, and the line that is wrong."""
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines cuts at more than that
+            lines = split_lines(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(
                 f"no lexicon at {path}: a text file is needed, `word phone phone …` a line"

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from teacherstudent.files import split_lines
+
 BEGIN, END = "<s>", "</s>"
 UNKNOWN = frozenset({"<unk>", "<UNK>"})  # what ARPA files call all other words: it cannot be recognised
 _NO_WORDS = {BEGIN, END, "<eps>", "#0", *UNKNOWN}  # of Kaldi's words.txt
@@ -129,8 +131,8 @@ class LanguageModel:
             if path.name.endswith((".arpa", ".arpa.gz")):
                 return cls.from_arpa(text)
             if path.name == "words.txt":
-                return word_loop(line.split()[0] for line in text.splitlines() if line.strip())
-            return estimate_bigram(text.splitlines(), vocabulary)
+                return word_loop(line.split()[0] for line in split_lines(text) if line.strip())
+            return estimate_bigram(split_lines(text), vocabulary)
         except FileNotFoundError:
             raise ValueError(f"no language model at {path}: set data.language_model") from None
         except (ValueError, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -140,7 +142,7 @@ class LanguageModel:
 def _arpa_rows(text: str) -> Iterator[tuple[int, int, list[str]]]:
     """(line number, order, fields) of every n-gram. Raises ValueError naming the line for a section without order."""
     order = 0
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(split_lines(text), 1):
         line = line.strip()
         if line == "\\end\\":
             return

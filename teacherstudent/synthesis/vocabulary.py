@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from teacherstudent.data.lexicon import SILENCE
+from teacherstudent.files import split_lines
 from teacherstudent.synthesis.pseudo_words import make_pseudo_words
 
 SENTENCE_WORDS = (3, 12)
@@ -92,7 +93,7 @@ def read_vocabulary(path: Path, count: int) -> Vocabulary:
     Raises ValueError naming the file and the line that is wrong.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = split_lines(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
             f"corpus.text = {str(path)!r}: it must be 'grammar', 'pseudo-words' or the path of a word list, and there "

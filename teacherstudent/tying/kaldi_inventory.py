@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from teacherstudent.data.lexicon import SILENCE
-from teacherstudent.files import hash_file
+from teacherstudent.files import hash_file, split_lines
 from teacherstudent.tying.decision_tree import POSITIONS, Question
 from teacherstudent.tying.event_map import PDF_CLASS, Constant, ContextDependency, EventMap, Split, Table
 from teacherstudent.tying.events import NUM_STATES, SILENCE_ID
@@ -47,7 +47,7 @@ def read_phone_table(path: Path) -> dict[str, int]:
     """Kaldi's ids by name, silence first, then ascending. Raises ValueError naming file and line."""
     table: dict[str, int] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = split_lines(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):

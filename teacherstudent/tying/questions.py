@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from teacherstudent.data.lexicon import base_phones, marks_positions
+from teacherstudent.files import split_lines
 from teacherstudent.tying.decision_tree import Question, cluster
 from teacherstudent.tying.events import SILENCE_ID, Floats
 
@@ -94,7 +95,7 @@ def read_questions(path: Path, phones: Sequence[str]) -> list[Question]:
     Raises ValueError naming the file and the line for a name that is no phone, and for phones in no set.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = split_lines(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"senones.questions = {str(path)!r} cannot be read ({error}): a text file is needed, a set of phones a line"
