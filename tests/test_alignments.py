@@ -326,3 +326,9 @@ def test_an_index_of_records_that_break_off_is_not_there(tmp_path) -> None:
     with pytest.raises(ValueError, match="the file ends"):
         write_index(tmp_path / "index", broken())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_short_last_phone_that_is_stretched_to_the_end_stays_in_its_word() -> None:
+    segments = PhoneSegments.of([(0.0, 0.1, "AH"), (0.1, 0.13, "T")], [(0.0, 0.13, "at")])
+    names = PhoneNames(frozenset(["AH_B", "T_E"]), True)
+    assert names.rename(segments.later(0.0, 0.18)).phones == names.rename(segments).phones == ("AH_B", "T_E")

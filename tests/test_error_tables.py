@@ -88,3 +88,10 @@ def test_p_values_are_printed_alike():
     assert [format_p(value) for value in (0.0, 0.00099, 0.001, 0.25)] == [
         "< 0.001", "< 0.001", "= 0.001", "= 0.250"
     ]  # fmt: skip
+
+
+def test_what_was_said_is_read_in_the_order_in_which_it_was_said():
+    late = SupervisionSegment("s", "r", 2.0, 1.0, text="b c", speaker="cy")
+    early = SupervisionSegment("t", "r", 0.0, 1.0, text="a", speaker="dee")
+    found = Utterance.of(MonoCut("u", 0.0, 3.0, 0, [late, early]), ())
+    assert (found.words, found.speaker) == (("a", "b", "c"), "cy")

@@ -111,6 +111,12 @@ def test_every_student_is_a_row_and_the_human_only_one_is_two(tmp_path: Path) ->
     assert len({system.label for system in find_systems(Experiment(config))}) == len(rows)
 
 
+def test_no_student_may_be_called_as_sclite_calls_the_reference(tmp_path: Path) -> None:
+    config = Config(folder=str(tmp_path), student=Student(variants={"ref": {}}))
+    with pytest.raises(ValueError, match="would overwrite"):
+        find_systems(Experiment(config))
+
+
 def test_word_error_rates_are_those_of_the_hypotheses_that_are_written(tiny_experiment: Path) -> None:
     results, cuts = read_results(tiny_experiment), read_test_cuts(tiny_experiment)
     assert list(results["systems"]) == SYSTEMS

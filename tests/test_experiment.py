@@ -192,3 +192,14 @@ def test_a_reader_sees_the_old_text_or_the_new_and_no_other_file(tmp_path: Path)
     assert (tmp_path / "a").read_bytes() == b"new\n"
     assert json.loads((tmp_path / "b").read_text()) == {"a": [2], "z": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_hash_that_lies_beside_data_that_were_brought_along_is_not_believed(tmp_path: Path) -> None:
+    brought = tmp_path / "data" / "lm.arpa.gz"
+    brought.parent.mkdir()
+    experiment = make(tmp_path / "exp", data=Data(folder=str(brought.parent)))
+    brought.with_name("lm.arpa.gz.sha256").write_text(f"{'0' * 64}  lm.arpa.gz\n")
+    brought.write_bytes(b"model")
+    experiment.begin("corpus", ())
+    experiment.finish("corpus", [brought])
+    assert list(experiment.hashes().values()) == [hash_file(brought)]

@@ -1,5 +1,7 @@
 """What a network says of an utterance depends on the utterance, not on its company."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,6 @@ from labelling import KEPT, NUM_FEATURES, NUM_SENONES, TEACHER
 
 from teacherstudent.config import Network
 from teacherstudent.data.features import Normalisation
-from teacherstudent.data.prefetch import LoadedShard
 from teacherstudent.posteriors import TopK, top_k
 from teacherstudent.training import inference
 from teacherstudent.training.inference import (
@@ -27,6 +28,28 @@ from teacherstudent.training.models import AcousticModel, build_model
 
 torch.set_num_threads(1)
 WHOLE = Pieces(10**6, 0)
+
+
+@dataclass
+class LoadedShard:
+    """Of features in memory."""
+
+    path: Path
+    arrays: dict[str, dict[str, np.ndarray]]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(self.arrays)
+
+    @property
+    def num_frames(self) -> np.ndarray:
+        return np.array([len(arrays["values"]) for arrays in self.arrays.values()], np.int64)
+
+    def __getitem__(self, utterance_id: str) -> dict[str, np.ndarray]:
+        return self.arrays[utterance_id]
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        return iter(self.arrays.items())
 
 
 def make_teacher(network: Network = TEACHER) -> AcousticModel:

@@ -229,3 +229,12 @@ def test_names_of_phones_are_read_and_bad_lines_named(tmp_path) -> None:
     (tmp_path / "phones.txt").write_text("<eps> 0\nA one\n")
     with pytest.raises(ValueError, match="line 2"):
         read_phone_names(tmp_path / "phones.txt")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_an_archive_reads_the_same_wherever_a_buffer_ends(tmp_path, binary):
+    """The mark of binary data lies before, across and behind the end of a buffer of 8,192 bytes."""
+    for length in range(8192 - 4, 8192 + 1):
+        write_archive(tmp_path / "ali.1.gz", {"u" * length: [1, 2, 300]}, binary)
+        ((key, packed),) = read_archives([tmp_path / "ali.1.gz"])
+        assert (len(key), unpack(packed).tolist()) == (length, [1, 2, 300])

@@ -407,3 +407,20 @@ def test_a_browser_shows_the_page_and_misses_nothing(experiment, text, tmp_path)
     assert (
         len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 100
     )  # text and curves, no blank page
+
+
+def test_an_utterance_that_was_not_labelled_is_not_the_one_shown(tmp_path):
+    folder = make_experiment(tmp_path / "experiment")
+    with PackedWriter(
+        shard_path(folder / "features" / "unlabelled", "features", 0), {}, {"values": ("float16", (192,))}
+    ) as writer:
+        for name in ("left out", "utterance <7>"):
+            writer.write(name, values=np.zeros((110, 192), "float16"))
+    assert "The unlabelled utterance utterance &lt;7&gt;" in write_report(folder).read_text(encoding="utf-8")
+
+
+def test_labels_without_stored_features_are_not_said_to_be_missing(tmp_path):
+    folder = make_experiment(tmp_path / "experiment")
+    shard_path(folder / "features" / "unlabelled", "features", 0).unlink()
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "No utterance to show" in text and "has not labelled anything" not in text

@@ -202,3 +202,9 @@ def test_an_id_that_kaldi_cannot_hold_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="utterance 'two words': a key of Kaldi must not hold white space"):
         export_kaldi(TargetStore(tmp_path), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_utterance_that_is_not_there_is_an_error_that_names_it(tmp_path, capsys):
+    write_store(tmp_path)
+    assert cli.main(["store", "show", str(tmp_path), "nobody"]) == 2
+    assert "nobody" in capsys.readouterr().err

@@ -95,12 +95,18 @@ class PhoneSegments:
         return PhoneSegments(starts, ends, phones, None if self.words is None else tuple(words))
 
     def later(self, offset: float, duration: float) -> "PhoneSegments":
-        """By `offset` seconds, but for the first phone if it begins with the audio and the last if it ends with it."""
+        """By `offset` seconds, but for the first phone if it begins with the audio and the last if it ends with it.
+
+        So does a last word.
+        """
         starts, ends = (np.clip(times + offset, 0.0, duration) for times in (self.starts, self.ends))
         starts[self.starts == 0] = 0.0
         if len(ends) and duration - self.ends[-1] <= LENGTH_TOLERANCE_SECONDS:
             ends[-1] = duration
-        words = [(start + offset, end + offset, word) for start, end, word in self.words or ()]
+        words = [
+            (start + offset, duration if duration - end <= LENGTH_TOLERANCE_SECONDS else end + offset, word)
+            for start, end, word in self.words or ()
+        ]
         return self._like(starts, ends, words)
 
     def _like(self, starts: NDArray, ends: NDArray, words: Iterable[Word]) -> "PhoneSegments":

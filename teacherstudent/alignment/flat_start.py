@@ -29,7 +29,7 @@ from teacherstudent.alignment.tied_states import TiedStates, find_bases, sum_eve
 from teacherstudent.data.dataset import prepared_shards, read_lexicon
 from teacherstudent.data.feature_reader import open_features
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS
-from teacherstudent.data.lexicon import SILENCE
+from teacherstudent.data.lexicon import SILENCE, Lexicon
 from teacherstudent.data.manifests import HUMAN, LABELLED_PARTS
 from teacherstudent.experiment import Experiment
 from teacherstudent.processes import ProcessMap
@@ -86,7 +86,7 @@ def train_and_align(experiment: Experiment) -> Path:
     triphone = Stage("triphone", settings.triphone_iterations, settings.triphone_gaussians, models)
     shards = {part: _open_shards(experiment, part) for part in LABELLED_PARTS}
     with ProcessMap(settings.jobs, _make_worker, settings, lexicon, experiment.config.seed) as processes:
-        trainer = _Trainer(experiment, shards[HUMAN], processes)
+        trainer = _Trainer(experiment, lexicon, shards[HUMAN], processes)
         trainer.train_monophones(monophone)
         if settings.triphone_leaves:
             trainer.train_triphones(triphone, monophone)
@@ -99,9 +99,11 @@ def train_and_align(experiment: Experiment) -> Path:
 class _Trainer:
     """Fits models to the human-labelled part."""
 
-    def __init__(self, experiment: Experiment, shards: Sequence[Shard], processes: ProcessMap) -> None:
+    def __init__(
+        self, experiment: Experiment, lexicon: Lexicon, shards: Sequence[Shard], processes: ProcessMap
+    ) -> None:
         self._settings, self._seed = experiment.config.align, experiment.config.seed
-        self._phones = (SILENCE, *read_lexicon(experiment).phones)
+        self._phones = (SILENCE, *lexicon.phones)
         self._shards = _thin_out(shards, self._settings.training_hours)
         self._seconds = [_seconds(shard) for shard in self._shards]
         self._processes = processes

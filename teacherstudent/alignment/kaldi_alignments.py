@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacherstudent.alignment.alignments import LENGTH_TOLERANCE_SECONDS, AlignmentError, PhoneSegments
+from teacherstudent.files import split_lines
 from teacherstudent.tying.kaldi_io import BINARY_HEADER, KaldiReader
 from teacherstudent.tying.kaldi_topology import Topology
 
@@ -152,7 +153,11 @@ def pdf_segments(ids: NDArray[np.int32], frames: KaldiFrames, duration: float) -
 def read_phone_names(path: Path) -> dict[int, str]:
     """phones.txt: `name number` a line. Raises ValueError naming file and line."""
     names = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = split_lines(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
             continue
@@ -177,8 +182,9 @@ def read_archives(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
 
 def _read_archive(file: gzip.GzipFile) -> Iterator[tuple[str, bytes]]:
     while key := _read_key(file):
-        if file.peek(2)[:2] == BINARY_HEADER:
-            file.read(2)
+        if file.peek(1)[:1] == BINARY_HEADER[:1]:  # of two bytes peek may give the first alone
+            if _take(file, len(BINARY_HEADER), key) != BINARY_HEADER:
+                raise ValueError(f"utterance {key!r} is no list of int32")
             size = np.frombuffer(_take(file, _ELEMENT.itemsize, key), _ELEMENT)[0]
             if size["width"] != 4 or size["value"] < 0:
                 raise ValueError(f"utterance {key!r} is no list of int32")

@@ -6,6 +6,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from teacherstudent.data.features import STACKED_FRAMES
+
 FRAME_SHIFT_SECONDS = 0.01
 NUM_CEPSTRA = 13
 NUM_FEATURES = 3 * NUM_CEPSTRA
@@ -15,10 +17,10 @@ _SMALLEST_DEVIATION = 1e-3  # of a cepstrum over an utterance: less is digital s
 Floats = NDArray[np.float64]
 
 
-def unstack(stacked: NDArray, num_frames: int, stacked_frames: int = 3) -> Floats:
-    """(T30, M * stacked_frames) -> (num_frames, M), without the repeats at the end."""
-    frames = stacked.astype(np.float64).reshape(-1, stacked.shape[1] // stacked_frames)
-    assert len(frames) - stacked_frames < num_frames <= len(frames)
+def unstack(stacked: NDArray, num_frames: int) -> Floats:
+    """(T30, M * STACKED_FRAMES) -> (num_frames, M), without the repeats at the end."""
+    frames = stacked.astype(np.float64).reshape(-1, stacked.shape[1] // STACKED_FRAMES)
+    assert len(frames) - STACKED_FRAMES < num_frames <= len(frames)
     return frames[:num_frames]
 
 

@@ -1,4 +1,4 @@
-"""Batches, and whole shards, read ahead by processes of their own: for features computed from audio at every use.
+"""Batches read ahead by processes of their own: for features computed from audio at every use.
 
 A batch is a pure function of its place (batches.py), so whoever makes it makes the same one: with processes or
 without, and however many, a training sees the same bits.
@@ -7,11 +7,9 @@ without, and however many, a training sees the same bits.
 import multiprocessing
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -19,8 +17,6 @@ import numpy as np
 import torch
 
 from teacherstudent.config import Features
-from teacherstudent.data.feature_reader import ReadableShard
-from teacherstudent.data.packed import Arrays
 from teacherstudent.training.batches import Batch, Position, Source
 
 Argument = TypeVar("Argument")
@@ -215,40 +211,3 @@ def list_requests(
         after = sources[name].advance(standing[name], num_workers)
         yield Request(name, standing[name], rank, after)
         standing[name] = after
-
-
-# -- whole shards --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class LoadedShard:
-    """One shard of features in memory."""
-
-    path: Path  # of what it was read from
-    arrays: dict[str, Arrays]
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return tuple(self.arrays)
-
-    @property
-    def num_frames(self) -> np.ndarray:
-        return np.array([len(arrays["values"]) for arrays in self.arrays.values()], np.int64)
-
-    def __getitem__(self, utterance_id: str) -> Arrays:
-        return self.arrays[utterance_id]
-
-    def __iter__(self) -> Iterator[tuple[str, Arrays]]:
-        return iter(self.arrays.items())
-
-
-def _load(shard: ReadableShard) -> LoadedShard:
-    copied = {name: {key: values.copy() for key, values in arrays.items()} for name, arrays in shard}
-    return LoadedShard(shard.path, copied)
-
-
-@contextmanager
-def read_shards(shards: Iterable[ReadableShard], num_processes: int) -> Iterator[Iterator[ReadableShard]]:
-    """The shards in order, in memory, those that come next read meanwhile; with no process, as they are."""
-    with Readers(_load, num_processes) as readers:
-        yield readers.map(shards) if num_processes else iter(shards)

@@ -38,7 +38,8 @@ class Utterance:
         supervisions = cut.supervisions
         first = supervisions[0] if supervisions else None
         custom = {**((first.custom if first else None) or {}), **(cut.custom or {})}
-        text = " ".join(supervision.text or "" for supervision in supervisions)
+        spoken = sorted(supervisions, key=lambda supervision: supervision.start)  # as manifests.transcript_of
+        text = " ".join(supervision.text or "" for supervision in spoken)
         speaker = str(custom.get(_SPEAKER) or getattr(first, _SPEAKER, None) or cut.id)
         values = {name: custom.get(name, getattr(first, name, None)) for name in score_by} | {
             _SPEAKER: speaker

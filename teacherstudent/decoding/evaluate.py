@@ -87,6 +87,10 @@ def find_systems(experiment: Experiment) -> list[System]:
         systems += [System(row, "student", label, model, student.optimisation) for row, label, model in rows]
     names = [system.name for system in systems]
     for name in names:
+        if name == "ref":
+            raise ValueError(
+                "a system called 'ref' would overwrite sclite/ref.trn: rename that variant of the student"
+            )
         if names.count(name) > 1:
             raise ValueError(f"two systems would be called {name!r}: rename that variant of the student")
     return systems

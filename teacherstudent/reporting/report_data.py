@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacherstudent.config import Config, load
-from teacherstudent.data.features import STACKED_FRAMES
+from teacherstudent.data.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
 from teacherstudent.data.manifests import UNLABELLED
 from teacherstudent.data.packed import open_shards
 from teacherstudent.decoding.error_tables import ALL, quietest_first
@@ -127,11 +127,8 @@ class Findings:
 
     def hours(self, part: str) -> float | None:
         """Of audio in a part that has features, copies in other conditions included."""
-        path = self.folder / "features" / "report.json"
-        if not path.is_file():
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))[part]
-        return float(found["hours"] + found["copy_hours"])
+        report = _read_json(self.folder / "features" / "report.json")
+        return None if report is None else float(report[part]["hours"] + report[part]["copy_hours"])
 
     def posteriorgram(self) -> Posteriorgram | None:
         """Of the first utterance of the first shard that is neither very short nor long; else of the first."""
@@ -139,18 +136,19 @@ class Findings:
         if self.store is None or not any(features.glob("features.*.h5")):
             return None
         shard = open_shards(features, "features")[0]
-        seconds = shard.num_frames * 0.03
+        seconds = shard.num_frames * FRAME_SHIFT_SECONDS
         order = sorted(
             range(len(shard)), key=lambda n: not _SHOWN_SECONDS[0] <= seconds[n] <= _SHOWN_SECONDS[1]
         )
-        order = [number for number in order if shard.num_frames[number]]
+        labelled = set(self.store.shard_ids(0))
+        order = [number for number in order if shard.num_frames[number] and shard.ids[number] in labelled]
         if not order:
             return None
         utterance_id = shard.ids[order[0]]
-        ids, log_posteriors = self.store.read(0, utterance_id)
-        posteriors = np.zeros((len(ids), self.store.header["num_senones"]), np.float32)
-        kept = 1 - self.store.dropped(utterance_id)
-        np.put_along_axis(posteriors, ids, np.exp(log_posteriors) * kept[:, None], axis=1)
+        found = self.store.decode(0, utterance_id)
+        posteriors = np.zeros((len(found.ids), self.store.header["num_senones"]), np.float32)
+        kept = 1 - found.dropped
+        np.put_along_axis(posteriors, found.ids, np.exp(found.log_posteriors) * kept[:, None], axis=1)
         stacked = shard[utterance_id]["values"].astype(np.float32)
         log_mel = stacked.reshape(-1, stacked.shape[1] // STACKED_FRAMES)
         return Posteriorgram(utterance_id, log_mel, posteriors, kept, self._senone_names(posteriors.shape[1]))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-# One colour a role, on white and on dark; figures.py draws in the light ones and refers to them by name.
+# One colour a role, on white and on dark; report_figures.py draws in the light ones and refers to them by name.
 LIGHT = {
     "ink": "#1c2126",
     "soft": "#5c6670",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from teacherstudent.data.manifests import HUMAN, UNLABELLED
+from teacherstudent.data.sources import brings_data
 from teacherstudent.reporting import report_figures as figures
 from teacherstudent.reporting import report_page as html
 from teacherstudent.reporting.report_data import Findings
@@ -151,9 +152,13 @@ def _schedule(findings: Findings) -> Html:
 
 
 def _labels(findings: Findings) -> Html:
+    if findings.store is None:
+        return html.missing("The teacher has not labelled anything yet.", _command(findings, "label"))
     shown = findings.posteriorgram()
     if shown is None:
-        return html.missing("The teacher has not labelled anything yet.", _command(findings, "label"))
+        return html.paragraph(
+            "No utterance to show: features are not stored, or none of the first shard is labelled.", "note"
+        )
     caption = (
         f"The unlabelled utterance {shown.utterance_id}: what the microphone gave, and what the teacher made of it. "
         "Of each frame only the highest posteriors are kept. Senones are named after their phones (₀ the first "
@@ -225,7 +230,7 @@ def _commands(findings: Findings) -> Html:
         ),
         ("Look into the target store", [f"teacherstudent store info {shlex.quote(f'{folder}/targets')}"]),
     ]
-    if findings.config.data.folder:
+    if brings_data(findings.config):
         del commands[1]
     return html.join(html.join([html.paragraph(what + ":"), html.code(lines)]) for what, lines in commands)
 

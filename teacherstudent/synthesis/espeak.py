@@ -55,8 +55,8 @@ class Voice:
     """
 
     def __init__(self, name: str, rate: int, pitch: int) -> None:
-        package = Path(__file__).resolve().parent.parent
-        path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+        root = Path(__file__).resolve().parents[2]  # what holds the package
+        path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
         self._name = name
         self._process = subprocess.Popen(
             [sys.executable, "-m", "teacherstudent.synthesis.espeak", name, str(rate), str(pitch)],

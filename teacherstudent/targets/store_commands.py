@@ -92,7 +92,10 @@ def show(
     Features and inventory are those of the experiment that the folder is a part of, unless they are named.
     """
     store = TargetStore(folder)
-    number = store.find(utterance_id)
+    try:
+        number = store.find(utterance_id)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
     lacks = []
     features = shard_path(
         features_folder or Path(folder).parent / "features" / UNLABELLED, "features", number
@@ -151,7 +154,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _human_bytes(size: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if size < 1000:
+        if size < 999.5:  # which .3g would write as 1e+03
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.4g} PB"

@@ -64,7 +64,7 @@ class WriteBehind(Generic[Item]):
     """`function(item)` in a thread, in order; a context manager, which waits for the last one.
 
     At most `size` items wait. What function raises is raised by the next `put`, or at the end of the block; items
-    after it are not written. So are those that wait when the block ends with an error of its own.
+    after it are not written. Nor are those that wait when the block ends with an error of its own.
     """
 
     def __init__(self, function: Callable[[Item], None], size: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from teacherstudent.data.features import FRAME_SHIFT_SECONDS
 from teacherstudent.data.lexicon import SILENCE
 from teacherstudent.files import hash_file, split_lines
 from teacherstudent.tying.decision_tree import POSITIONS, Question
@@ -16,7 +17,7 @@ from teacherstudent.tying.kaldi_topology import Topology, first_and_later_frames
 from teacherstudent.tying.senones import Inventory
 
 _LEFT, _CENTRE, _RIGHT, _STATE = range(len(POSITIONS))
-FRAME_MILLISECONDS = 30
+_MILLISECONDS = round(1000 * FRAME_SHIFT_SECONDS)
 _NO_PHONE = re.compile(r"<eps>|#\d+")  # of a phone table: no symbol, and disambiguation symbols
 
 
@@ -75,7 +76,7 @@ def _check_topology(topology: Topology, table: Mapping[str, int], path: Path) ->
         if first_and_later_frames(states):
             continue
         frames = shortest_duration(states)
-        short = f"with a frame every {FRAME_MILLISECONDS} ms it would last {frames * FRAME_MILLISECONDS} ms at least"
+        short = f"with a frame every {_MILLISECONDS} ms it would last {frames * _MILLISECONDS} ms at least"
         raise ValueError(
             f"{path}: phone {name!r} goes through {len(states) - 1} states"
             + (f", so {short}, longer than many phones" if frames > 1 else "")
