@@ -19,11 +19,26 @@ from teacherstudent.data.packed import hash_path
 from teacherstudent.files import hash_file, hash_text, write_json, write_text
 from teacherstudent.settings import flatten
 
+# Without resources and report, which look anew every time.
+_ORDER = ("corpus", "prepare", "align", "senones", "teacher", "label", "student", "evaluate")
+# What is not named here is read from the first on.
+_FIRST_READER = {
+    "conditions": "prepare",
+    "align": "align",
+    "senones": "align",
+    "teacher": "teacher",
+    "distributed": "teacher",
+    "label": "label",
+    "student": "student",
+    "decode": "evaluate",
+}
+
 
 class Experiment:
     """The folder of one experiment, opened for one configuration.
 
-    Raises ValueError when the folder belongs to another configuration, naming the settings that differ.
+    Settings may differ from those there before as long as no step that reads them was begun. Otherwise a ValueError
+    names the settings and the steps.
     """
 
     def __init__(self, config: Config) -> None:
@@ -37,11 +52,16 @@ class Experiment:
             there = flatten(tomllib.loads(saved.read_text(encoding="utf-8")))
             here = flatten(tomllib.loads(to_toml(self.config)))
             differing = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
-            if differing:
+            records = [path.stem for path in sorted(self.path("steps").glob("*.json"))]
+            if stale := [step for step in records if any(_reads(step, key) for key in differing)]:
                 rows = [f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differing]
+                place = self.path("steps")
                 raise ValueError(
-                    f"{self.folder} belongs to another configuration:\n" + "\n".join(rows) + "\n"
-                    "Give this one a folder of its own (folder=OTHER), or remove that folder."
+                    f"{self.folder} has steps that were done, or begun, with other settings:\n"
+                    + "\n".join(rows)
+                    + "\n"
+                    "Give these a folder of their own (folder=OTHER); or do those steps again, by removing their "
+                    f"records: rm {' '.join(f'{place}/{step}.json' for step in stale)}"
                 )
         elif self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file: name a new folder (folder=OTHER)")
@@ -169,6 +189,14 @@ class Experiment:
         for path in sorted(self.path("steps").glob("*.json")):
             merged |= self._record(path.stem).get("outputs") or {}
         return dict(sorted(merged.items()))
+
+
+def _reads(step: str, key: str) -> bool:
+    """Whether what a step has made depends on a setting: every step does from the first on that may look at it."""
+    section, kind = key.partition(".")[0], step.partition("-")[0]
+    if kind == "student" and key.startswith("student.variants."):
+        return f"{key}.".startswith(f"student.variants.{step.removeprefix('student-')}.")
+    return kind in _ORDER and _ORDER.index(kind) >= _ORDER.index(_FIRST_READER.get(section, _ORDER[0]))
 
 
 def _hash_output(path: Path) -> str:

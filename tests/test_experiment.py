@@ -2,13 +2,28 @@
 
 import dataclasses
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 
-from teacherstudent.config import Config, Corpus, Data, Student
+from teacherstudent.config import (
+    Align,
+    Config,
+    Corpus,
+    Data,
+    Decode,
+    Label,
+    Network,
+    Senones,
+    Student,
+    to_toml,
+)
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import hash_file, write_json, write_text
+from teacherstudent.settings import flatten
 
 
 def make(folder: Path, **settings: object) -> Experiment:
@@ -42,10 +57,8 @@ def test_settings_of_where_and_how_fast_do_not_make_another_configuration(tmp_pa
     make(tmp_path / "exp", corpus=Corpus(jobs=7), student=Student(only="student"))
 
 
-def test_a_folder_of_another_configuration_is_refused_naming_every_setting_that_differs(
-    tmp_path: Path,
-) -> None:
-    make(tmp_path / "exp", seed=3)
+def test_a_folder_of_other_settings_is_refused_naming_every_one_that_differs(tmp_path: Path) -> None:
+    run(make(tmp_path / "exp", seed=3), "corpus")
     with pytest.raises(ValueError) as refused:
         make(tmp_path / "exp", seed=4, corpus=Corpus(split=9), student=Student(variants={"a": {}}))
     message = str(refused.value)
@@ -54,6 +67,69 @@ def test_a_folder_of_another_configuration_is_refused_naming_every_setting_that_
     assert "corpus.split: 0 there, 9 now" in message
     assert "student.variants.a: None there, {} now" in message
     assert message.count(" there, ") == 4  # the fourth is the table of variants, empty there
+
+
+def done_steps(folder: Path, *steps: str) -> Experiment:
+    experiment = make(folder, student=Student(variants={"a": {}, "a.b": {}}))
+    for step in steps:
+        run(experiment, step)
+    return experiment
+
+
+ALL_STEPS = ("corpus", "resources", "prepare", "align", "senones", "teacher", "label")
+ALL_STEPS += ("student-a", "student-a.b", "evaluate", "report")
+
+
+@pytest.mark.parametrize(
+    "changed, stale",
+    [
+        ({"seed": 1}, "corpus prepare align senones teacher label student-a student-a.b evaluate"),
+        ({"align": Align(jobs=7, states=2)}, "align senones teacher label student-a student-a.b evaluate"),
+        ({"senones": Senones(target=9)}, "align senones teacher label student-a student-a.b evaluate"),
+        ({"label": Label(k=3)}, "label student-a student-a.b evaluate"),
+        (
+            {"student": Student(network=Network(cells=3), variants={"a": {}, "a.b": {}})},
+            "student-a student-a.b evaluate",
+        ),
+        ({"student": Student(variants={"a": {"network": {"cells": 3}}, "a.b": {}})}, "student-a evaluate"),
+        ({"student": Student(variants={"a": {}, "a.b": {}, "c": {}})}, "evaluate"),
+        ({"decode": Decode(beam=3)}, "evaluate"),
+    ],
+)
+def test_a_changed_setting_is_taken_once_no_step_that_reads_it_has_a_record(
+    tmp_path: Path, changed: dict[str, object], stale: str
+) -> None:
+    done_steps(tmp_path / "exp", *ALL_STEPS)
+    settings = {"student": Student(variants={"a": {}, "a.b": {}})} | changed
+    with pytest.raises(ValueError, match="folder=OTHER") as refused:
+        make(tmp_path / "exp", **settings)
+    named = [Path(word) for word in str(refused.value).split("rm ")[1].split()]
+    assert sorted(path.stem for path in named) == sorted(stale.split())
+    for path in named:
+        path.unlink()
+    experiment = make(tmp_path / "exp", **settings)
+    assert all(experiment.is_done(step) == (step not in stale.split()) for step in ALL_STEPS)
+    kept = tmp_path / "exp" / "evaluate" / "result.txt"
+    assert kept.is_file()
+    experiment.begin("evaluate", (), clear=("evaluate",))
+    assert not kept.exists()  # what other settings have made is not gone on with
+
+
+def test_every_section_of_a_configuration_blocks_the_last_step(tmp_path: Path) -> None:
+    """None is forgotten: what was decoded with another value is not passed off as this one's."""
+    run(make(tmp_path / "exp"), "evaluate")
+    for key in flatten(tomllib.loads(to_toml(Config()))):
+        text = (tmp_path / "exp" / "config.toml").read_text()
+        there = tomllib.loads(text)
+        *sections, name = key.split(".")
+        table = there
+        for section in sections:
+            table = table[section]
+        table[name] = "other"
+        (tmp_path / "exp" / "config.toml").write_text(tomli_w.dumps(there))
+        with pytest.raises(ValueError, match=rf"{re.escape(key)}: 'other' there"):
+            make(tmp_path / "exp")
+        (tmp_path / "exp" / "config.toml").write_text(text)
 
 
 def test_a_foreign_folder_is_refused_unless_it_is_empty_or_holds_logs_alone(tmp_path: Path) -> None:
