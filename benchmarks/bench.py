@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gtc
+import gtc_links
+import gtc_loss
 import label as labelling
 import numpy as np
 import prepare
@@ -110,6 +113,9 @@ def senones() -> None:
 SECTIONS = {
     "models": models,
     "exchange": exchange,
+    "gtc": gtc.gtc,
+    "gtc-links": gtc_links.gtc_links,
+    "gtc-loss": gtc_loss.gtc_loss,
     "senones": senones,
     "store": targets.store,
     "label": labelling.label,

@@ -23,9 +23,22 @@ if __name__ != "teacherstudent.distributed":
 
 from teacherstudent.distributed.bmuf import BMUF
 from teacherstudent.distributed.communicators import Communicator
+from teacherstudent.distributed.ddp_hook import GTCState, gtc_hook
 from teacherstudent.distributed.exact import ExactAveraging
 from teacherstudent.distributed.gtc import GTC
+from teacherstudent.distributed.gtc_state import fold_states, ranks_to_fold
 from teacherstudent.distributed.launchers import connect
 from teacherstudent.distributed.threads import in_process
 
-__all__ = ["BMUF", "GTC", "Communicator", "ExactAveraging", "connect", "in_process"]
+__all__ = [
+    "BMUF",
+    "GTC",
+    "Communicator",
+    "ExactAveraging",
+    "GTCState",
+    "connect",
+    "fold_states",
+    "gtc_hook",
+    "in_process",
+    "ranks_to_fold",
+]

@@ -4,8 +4,7 @@
 import torch
 
 from teacherstudent.distributed.communicators import Communicator
-from teacherstudent.distributed.flat import Bucket
-from teacherstudent.distributed.optimizers import DistributedOptimizer, scale_of, set_gradient
+from teacherstudent.distributed.optimizers import DistributedOptimizer, scale_of
 
 
 class ExactAveraging(DistributedOptimizer):
@@ -28,18 +27,6 @@ class ExactAveraging(DistributedOptimizer):
         if self.comm.size > 1:
             share = scale_of(weight, agreed.total_weight, self.comm.size)
             for bucket in self._buckets:
-                self._average(bucket, share, agreed.present)
+                gradients = [piece.parameter.grad for piece in bucket.pieces]
+                self._average(bucket, gradients, share, agreed.present)
         self.inner.step()
-
-    def _average(self, bucket: Bucket, share: float, present: list[bool]) -> None:
-        flat = bucket.new_zeros()
-        if share:
-            for piece in bucket.pieces:
-                if piece.parameter.grad is not None:
-                    torch.mul(piece.parameter.grad, share, out=piece.of(flat))
-        with self._exchanging():
-            self.comm.all_reduce(flat)
-        flat.div_(self.comm.size)
-        for piece in bucket.pieces:
-            if present[piece.index]:
-                set_gradient(piece.parameter, piece.of(flat))

@@ -2,38 +2,45 @@
 
 N. Strom, "Scalable distributed DNN training using commodity GPU cloud computing", Interspeech 2015.
 """
-# N ranks, w weight of a rank's step, W = Σ w, s = N·w/W, r residual, τ threshold, c sum of all ranks' counts
-# n elements of a bucket
+# N ranks, w weight of a rank's step, W = Σ w, s = N·w/W, g gradient, r residual, τ threshold, u velocity
+# c sum of all ranks' counts, n elements of a bucket
 
-import struct
 import warnings
-import zlib
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from teacherstudent.distributed import codec
 from teacherstudent.distributed.communicators import Communicator
-from teacherstudent.distributed.flat import Bucket
-from teacherstudent.distributed.optimizers import DistributedOptimizer, max_magnitude, scale_of, set_gradient
+from teacherstudent.distributed.delay import Pending, load_pending, save_pending
+from teacherstudent.distributed.exchange import Exchange
+from teacherstudent.distributed.gtc_options import MOMENTUM_TWICE, GTCOptions, has_momentum
+from teacherstudent.distributed.gtc_stages import GTCStages
+from teacherstudent.distributed.gtc_state import (
+    by_parameter,
+    find_saved_size,
+    fold_states,
+    overwrite,
+    ranks_to_fold,
+)
+from teacherstudent.distributed.optimizers import global_norm, max_magnitude, scale_of
+from teacherstudent.distributed.overlap import Overlap
 from teacherstudent.distributed.thresholds import (
-    HIGHEST_THRESHOLD,
     LOWEST_LEVEL,
-    LOWEST_THRESHOLD,
     DensityController,
     FixedThreshold,
     MeanDensity,
+    move_to_level,
     nearest_level,
     threshold_at,
 )
 
-DEFAULT_DENSITY = 1e-3
 # Of all ranks together, for one element in one step: then the sum of counts, and it times τ, are exact in float32.
 MOST_QUANTA = 2**20
 
 
-class GTC(DistributedOptimizer):
+class GTC(GTCStages):
     """Each rank sends the elements whose accumulated update has reached τ, as single quanta, and keeps the rest.
 
         r ← fl(r + fl(lr·s·g));   where |r| ≥ τ: send ±1, r ← r ∓ τ;   the inner optimiser receives fl(τ·c)/N/lr
@@ -42,24 +49,49 @@ class GTC(DistributedOptimizer):
     every transport. τ is m·2^e with an integer 8 ≤ m < 16, which makes r ∓ τ exact: nothing is lost to rounding.
 
     density    the share of elements to send, held by a controller on which all ranks agree (default 1e-3). A weight
-               then moves about once in a thousand steps: runs under a few thousand steps want 1e-2.
+               then moves about once in a thousand steps: runs under a few thousand steps want 1e-2, or a ramp.
     threshold  a fixed τ instead, in update units; moved to the nearest value of the form above, with a warning.
     multi_quantum  an element sends all its ⌊|r|/τ⌋ quanta at once, not one a step. Where a few gradients are far
                larger than most (output biases, early in a training) one quantum a step starves just those: their
                residuals grow to thousands of τ and the training all but stands still.
+    codec      how messages are written: "auto" takes the fewest bytes of "words", "rice", "bitmap" and "dense". On
+               a fast link "words" saves time.
+    capacity   the largest share of a bucket's elements that may send in one step (at least one element). Those over
+               τ that must stay keep their residual, come first in the next step, and are counted in carried_over.
+    ramp_steps     over so many steps the density goes geometrically from 1e-2 down to the one asked for.
+    warmup_steps   so many first steps exchange whole gradients, as ExactAveraging does. The first threshold comes
+               from the first step behind them.
+    momentum   corrects momentum (Lin et al., "Deep gradient compression", ICLR 2018): every rank keeps a velocity
+               u ← m·u + s·g, and r accumulates lr·u. What waits in r then has its momentum too: with multi_quantum
+               and no masking the weights stay within τ of those of momentum SGD. The inner optimiser must have no
+               momentum.
+    momentum_masking  sets u to 0 where a quantum is sent, against stale directions.
+    clip_norm  scales this rank's own gradient, before the residual, to this global norm where it is larger. (The
+               paper above uses the norm wanted for the mean gradient, times 1/√N.)
+    overlap    buckets are exchanged while backward still runs, with the same result bit for bit. The weight must be
+               known before: optimizer.begin_step(weight=…), then backward, then step(weight=…). Gradients must be
+               left alone in between. Steps without a threshold yet, and those of the warm-up, do not overlap.
+    bucket_bytes  cuts buckets of about so many bytes, from the last parameter to the first (25 MiB with overlap;
+               otherwise all parameters of a dtype are one bucket). A capacity counts in each.
+    delay      a step's exchange runs while the next one is computed, and is applied at its end: gradients are of
+               weights one step old. synchronize() applies the last. A checkpoint holds what is under way.
 
     **Update units.** r accumulates lr·s·g, what the weights would have moved by, and not gradients: a residual
     earned at one learning rate is applied at just that rate, however the rate moves before it is sent, without the
     rounding that rescaling r at every change would cost. Every parameter group has its own rate and one τ serves
-    them all. lr = 0 sends nothing, keeps r, and leaves the group's parameters to themselves. The law holds with
-    plain SGD inside; momentum treats the aggregate as it would treat the exact mean gradient. Adam divides the
-    aggregate by its own size, so that sparse quanta look rarer and larger than they are: expect to retune it.
+    them all. lr = 0 sends nothing, keeps r and u, and leaves the group's parameters to themselves.
+
+    **Inner optimisers.** The law holds with plain SGD inside; momentum in it treats the aggregate as it would treat
+    the exact mean gradient. Weight decay stays outside the residual: the inner optimiser decays all weights at every
+    step, whatever is sent. Adam divides by the size of what it sees, so that rare quanta, each far larger than a
+    gradient, are scaled to steps of about lr however small the gradients behind them: the weights no longer move by
+    what the residual held. It works as an optimiser of its own kind; expect to retune its rate.
 
     One rank alone applies its threshold too, for studies, and says so. Weights in float16 or bfloat16 keep their
-    residual in float32.
+    residual in float32; what the inner optimiser receives is rounded to their own dtype.
 
-    Raises ValueError on every rank where density is outside (0, 1), τ ≤ 0, or settings, shapes or initial weights
-    differ between ranks; in a step, where a message is damaged or from another step, naming the sender.
+    Raises ValueError on every rank where an option is out of range, or settings, shapes or initial weights differ
+    between ranks; in a step, where a message is damaged or from another step, naming the sender.
     """
 
     def __init__(
@@ -70,28 +102,36 @@ class GTC(DistributedOptimizer):
         density: float | None = None,
         threshold: float | None = None,
         multi_quantum: bool = False,
+        codec: str = "auto",
+        capacity: float | None = None,
+        ramp_steps: int = 0,
+        warmup_steps: int = 0,
+        momentum: float = 0.0,
+        momentum_masking: bool = True,
+        clip_norm: float | None = None,
+        overlap: bool = False,
+        bucket_bytes: int | None = None,
+        delay: bool = False,
         initial_weights: str = "broadcast",
     ) -> None:
-        problems = find_problems(density, threshold)
-        if any("lr" not in group for group in optimizer.param_groups):
-            problems.append("GTC needs an optimizer whose parameter groups have a learning rate 'lr'")
-        settings = {"density": density, "threshold": threshold, "multi_quantum": multi_quantum}
-        super().__init__(optimizer, comm, settings, problems, initial_weights)
-        self._controller: DensityController | FixedThreshold
+        options = GTCOptions(
+            density, threshold, multi_quantum, codec, capacity, ramp_steps, warmup_steps, momentum,
+            momentum_masking, clip_norm, overlap, bucket_bytes, delay,
+        )  # fmt: skip
+        problems = options.find_problems(optimizer.param_groups)
+        super().__init__(optimizer, comm, asdict(options), problems, initial_weights)
+        self.options = options
         if threshold is None:
-            self._controller = DensityController(DEFAULT_DENSITY if density is None else density)
+            self._controller = DensityController(options.target_density, ramp_steps)
         else:
             self._controller = FixedThreshold(move_to_level(threshold))
         self._most_quanta = MOST_QUANTA // comm.size if multi_quantum else 1
-        self._density = DEFAULT_DENSITY if density is None else density
         self._mean_density = MeanDensity()
         self._num_elements = sum(bucket.num_elements for bucket in self._buckets)
-        self._residuals = [bucket.new_zeros(residual_dtype(bucket)) for bucket in self._buckets]
-        self._counters["quanta_sent"] = 0
-        if any(bucket.num_elements >= codec.MAX_ELEMENTS for bucket in self._buckets):
-            raise ValueError(
-                f"GTC holds up to {codec.MAX_ELEMENTS} parameters of one dtype; this model has more"
-            )
+        self._counters.update(dict.fromkeys(("quanta_sent", "carried_over", "clipped"), 0))
+        self._lay_out()
+        self._overlap = Overlap(self) if options.overlap else None
+        self._pending: Pending | None = None
         if comm.size == 1:
             warnings.warn(
                 "GTC with one worker: its threshold is applied all the same, for studies", stacklevel=2
@@ -109,63 +149,112 @@ class GTC(DistributedOptimizer):
             metrics["largest_residual"] = largest / metrics["threshold"]
         return metrics
 
+    def begin_step(self, *, weight: int = 1, scaler: torch.amp.GradScaler | None = None) -> None:
+        """With overlap=True: announce the step before the backward pass whose gradients it takes. Collective.
+
+        weight  as for step(), which is to have the same
+        scaler  the GradScaler under which step() will be called
+        """
+        if self._overlap is None:
+            raise ValueError(
+                "begin_step() belongs to overlap=True; leave it out, or construct GTC(…, overlap=True)"
+            )
+        self._overlap.begin(weight, scaler)
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """With delay=True: apply the step that is still under way."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._apply(pending)
+
     # ---- the step -----------------------------------------------------------------------------------------
 
     def _take_step(self, weight: int) -> None:
-        self._counters["steps"] += 1
-        agreed = self._agree(weight)
+        if self.options.momentum and has_momentum(self.param_groups):  # schedulers may bring it in later
+            raise ValueError(MOMENTUM_TWICE.format(self.options.momentum))
+        if self._overlap is None:
+            self._counters["steps"] += 1
+            agreed = self._agree(weight)
+        else:
+            agreed = self._overlap.agree(weight)
         if agreed is None:
+            self.synchronize()  # the step before goes its way
             return
-        rates = self._rates()
         share = scale_of(weight, agreed.total_weight, self.comm.size)
-        for bucket, residual in zip(self._buckets, self._residuals):
-            accumulate(bucket, residual, [rate * share for rate in rates])
+        if weight:
+            share *= self._clip_factor()
+        if self._is_warming_up():
+            for number, bucket in enumerate(self._buckets):
+                gradients, factor = self._sources(number, share)
+                self._average(bucket, gradients, factor, agreed.present)
+            self.inner.step()
+            return
+        exchanges = self._overlap.commit() if self._overlap is not None else []
+        current = Pending(exchanges or self._start_all(share), agreed.present)
+        if self.options.delay:
+            self.synchronize()
+            self._pending = current
+        else:
+            self._apply(current)
+
+    def _start_all(self, share: float | None) -> list[Exchange]:
+        """All buckets are under way before the first is waited for; none where all gradients so far were 0."""
         if self._controller.level is None:
+            self._accumulate(share)
             self._controller.level = self._propose_level()
-        num_sent = 0
-        for number, residual in enumerate(self._residuals):
-            aggregate = torch.zeros_like(residual)
-            if self._controller.level is not None:
-                num_sent += self._exchange_quanta(number, aggregate, rates)
-            write_gradients(self._buckets[number], aggregate, rates, agreed.present)
-        if self._controller.level is not None and any(rates):
+            share = None
+        if self._controller.level is None:
+            return []
+        exchanges = []
+        for number in range(len(self._buckets)):
+            fired = self._fire(number, share)
+            self._note(fired)
+            exchanges.append(self._start(fired))
+        return exchanges
+
+    def _apply(self, step: Pending) -> None:
+        """Wait for what all ranks have sent in a step, and let the inner optimiser make it."""
+        if step.exchanges:
+            self._look_back(sum(self._finish(exchange, step.present) for exchange in step.exchanges))
+        else:
+            for number in range(len(self._buckets)):
+                self._hand_over(number, [], 0.0, step.present)
+        self.inner.step()
+
+    def _look_back(self, num_sent: int) -> None:
+        """Choose the threshold of the next step by the elements that all ranks have sent in this one."""
+        if any(self._rates()):
             density = num_sent / (self.comm.size * self._num_elements)
             self._mean_density.add(density)
             self._controller.update(density)
-        self.inner.step()
 
-    def _exchange_quanta(self, number: int, aggregate: Tensor, rates: list[float]) -> int:
-        """Send this rank's quanta, put fl(τ·c)/N into `aggregate`, and return how many elements were sent."""
-        assert self._controller.level is not None
-        bucket, threshold = self._buckets[number], threshold_at(self._controller.level)
-        step = int(self._counters["steps"])
-        place = codec.Place(step, number, bucket.num_elements, threshold, rates_checksum(rates))
-        quanta = fire_active(bucket, self._residuals[number], threshold, rates, self._most_quanta)
-        self._counters["quanta_sent"] += int(quanta.counts.abs().sum())
-        with self._exchanging():
-            messages = self.comm.all_gather(codec.encode(quanta, place))
-        num_sent = 0
-        for rank, message in enumerate(messages):
-            try:
-                received = codec.decode(message, place)
-            except ValueError as error:
-                raise ValueError(f"the GTC message of rank {rank} cannot be used: {error}") from error
-            codec.add(received, aggregate)
-            num_sent += len(received)
-        aggregate.mul_(threshold).div_(self.comm.size)
-        return num_sent
+    def _clip_factor(self) -> float:
+        """What this rank's gradient is to be multiplied with."""
+        largest = self.options.clip_norm
+        if largest is None:
+            return 1.0
+        norm = global_norm(self._buckets)
+        if norm <= largest:
+            return 1.0
+        self._counters["clipped"] += 1
+        return largest / norm
 
-    def _rates(self) -> list[float]:
-        """The learning rates of the parameter groups, as they are now."""
-        return [float(group["lr"]) for group in self.param_groups]
+    def _unscale(self) -> None:
+        if self._overlap is None or not self._overlap.has_unscaled:
+            super()._unscale()
+
+    def _is_warming_up(self) -> bool:
+        return self._counters["steps"] <= self.options.warmup_steps
 
     def _largest_factor(self) -> float:
-        return self.comm.size * max(1.0, *self._rates())
+        return self.comm.size * max(1.0, *self._rates()) / (1 - self.options.momentum)
 
     def _propose_level(self) -> int | None:
         """The level at which the first updates would be sent with the density asked for; the ranks' mean."""
+        assert isinstance(self._controller, DensityController)
         magnitudes = torch.cat([residual.abs().float().cpu() for residual in self._residuals])
-        wanted = max(1, round(self._density * magnitudes.numel()))
+        wanted = max(1, round(self._controller.target * magnitudes.numel()))
         smallest_sent = float(magnitudes.topk(wanted).values[-1])
         if smallest_sent == 0 and magnitudes.any():
             smallest_sent = float(magnitudes[magnitudes > 0].min())
@@ -177,94 +266,56 @@ class GTC(DistributedOptimizer):
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 
+    def ranks_to_load(self, saved_size: int) -> list[int]:
+        return ranks_to_fold(self.comm.rank, self.comm.size, saved_size)
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """What waits in the residuals of ranks that are no more goes to those that are: see fold_states."""
+        if find_saved_size(states[0]) != self.comm.size:
+            states = [fold_states(states, self.comm.rank, self.comm.size)]
+        super().load_state_dicts(states)
+
     def _hidden_state(self) -> dict[str, Any]:
+        if self._overlap is not None and self._overlap.is_announced:
+            raise ValueError(
+                "a step is under way between begin_step() and step(); save and load after step()"
+            )
+        velocities = self._correction.velocities if self._correction else []
         return {
-            "residuals": self._residuals,
+            "residuals": by_parameter(self._buckets, self._residuals),
+            "velocities": by_parameter(self._buckets, velocities),
+            "cursors": list(self._cursors),
             "controller": self._controller.state_dict(),
             "densities": list(self._mean_density.densities),
+            "pending": save_pending(self._pending),
         }
 
     def _load_hidden_state(self, hidden: dict[str, Any]) -> None:
         self._controller.load_state_dict(hidden["controller"])
         self._mean_density = MeanDensity(hidden["densities"])
+        own = GTC._hidden_state(self)
+        self._pending = None
         if hidden["size"] != self.comm.size:
             warnings.warn(
                 f"this GTC state was saved by {hidden['size']} workers and is loaded by {self.comm.size}: all "
-                "residuals start at zero, and what they held is lost",
+                "residuals and velocities start at zero, and what they held is lost; fold_states keeps it",
                 stacklevel=3,
             )
-            self._residuals = [torch.zeros_like(residual) for residual in self._residuals]
+            for view in (*own["residuals"], *own["velocities"]):
+                view.zero_()
             return
         if hidden["rank"] != self.comm.rank:
             raise ValueError(
                 f"rank {self.comm.rank} got the GTC state of rank {hidden['rank']}; every rank loads its own, since "
                 "each has another residual"
             )
-        for residual, saved in zip(self._residuals, hidden["residuals"], strict=True):
-            residual.copy_(saved)
-
-
-def find_problems(density: float | None, threshold: float | None) -> list[str]:
-    problems = []
-    if density is not None and threshold is not None:
-        problems.append("give density or threshold, not both")
-    if density is not None and not 0 < density < 1:
-        problems.append(f"density is {density!r}; give a share of elements between 0 and 1, such as 1e-3")
-    if threshold is not None and not LOWEST_THRESHOLD <= threshold <= HIGHEST_THRESHOLD:
-        problems.append(
-            f"threshold is {threshold!r}; give a positive number in update units (lr times gradient)"
-        )
-    return problems
-
-
-def move_to_level(threshold: float) -> int:
-    level = nearest_level(threshold)
-    if threshold_at(level) != threshold:
-        warnings.warn(
-            f"threshold={threshold!r} is moved to {threshold_at(level)!r}, the nearest m·2^e with a whole 8 ≤ m < 16: "
-            "subtracting it is exact",
-            stacklevel=3,
-        )
-    return level
-
-
-def residual_dtype(bucket: Bucket) -> torch.dtype:
-    return torch.float32 if bucket.dtype in (torch.float16, torch.bfloat16) else bucket.dtype
-
-
-def accumulate(bucket: Bucket, residual: Tensor, scales: list[float]) -> None:
-    """r ← fl(r + fl(lr·s·g)): two roundings, never a fused multiply-add, so that all kernels agree."""
-    for piece in bucket.pieces:
-        if piece.parameter.grad is not None and scales[piece.group]:
-            update = piece.parameter.grad.to(residual.dtype).mul(scales[piece.group])
-            piece.of(residual).add_(update)
-
-
-def fire_active(
-    bucket: Bucket, residual: Tensor, threshold: float, rates: list[float], most: int
-) -> codec.Quanta:
-    """The quanta of all parameters whose learning rate is not 0."""
-    active = [piece for piece in bucket.pieces if rates[piece.group]]
-    if len(active) == len(bucket.pieces):
-        return codec.fire(residual, threshold, most)
-    parts = [codec.fire(residual[:0], threshold)]
-    for piece in active:
-        part = codec.fire(residual[piece.start : piece.stop], threshold, most)
-        parts.append(codec.Quanta(part.indices + piece.start, part.counts))
-    return codec.Quanta(
-        torch.cat([part.indices for part in parts]), torch.cat([part.counts for part in parts])
-    )
-
-
-def write_gradients(bucket: Bucket, aggregate: Tensor, rates: list[float], present: list[bool]) -> None:
-    """Hand the aggregate (n), in update units, to the inner optimiser as gradients at the present rates."""
-    for piece in bucket.pieces:
-        value = piece.of(aggregate)
-        if rates[piece.group] == 0:
-            piece.parameter.grad = None
-        elif present[piece.index] or bool(value.any()):
-            set_gradient(piece.parameter, value.div_(rates[piece.group]))
-
-
-def rates_checksum(rates: list[float]) -> int:
-    return zlib.crc32(struct.pack(f"<{len(rates)}d", *rates))
+        if bool(hidden["velocities"]) != bool(own["velocities"]):
+            raise ValueError(
+                f"this GTC state was saved {'with' if hidden['velocities'] else 'without'} momentum correction, and "
+                f"momentum is {self.options.momentum!r} now; give the momentum it was trained with"
+            )
+        overwrite(own["residuals"], hidden["residuals"])
+        overwrite(own["velocities"], hidden["velocities"])
+        if len(hidden["cursors"]) == len(self._cursors):  # else laid out in other buckets
+            self._cursors = list(hidden["cursors"])
+        self._pending = load_pending(hidden["pending"], self._buckets)

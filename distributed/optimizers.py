@@ -1,11 +1,12 @@
 """What the distributed optimisers share: wrapping a torch optimiser, agreeing on a step, skipping together."""
 
 import contextlib
+import math
 import operator
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from teacherstudent.distributed.communicators import Communicator
-from teacherstudent.distributed.flat import all_pieces, describe, hash_parameters, make_buckets
+from teacherstudent.distributed.flat import Bucket, all_pieces, describe, hash_parameters, make_buckets
 
 INITIAL_WEIGHTS = ("broadcast", "check")
 # Where state_dict() keeps what the inner optimiser knows nothing of.
 STATE_KEY = "distributed"
+# Ranks with a problem and ranks with a gradient that is not finite are counted in one integer.
+PROBLEM = 2**32
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._load_hidden_state(hidden)
         self._counters = dict(hidden["counters"])
 
+    def ranks_to_load(self, saved_size: int) -> list[int]:
+        """Whose states this rank needs of a training that `saved_size` workers saved; its own if there are as many."""
+        return [self.comm.rank % saved_size]
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of `ranks_to_load`, with as many workers as saved them or another number."""
+        (state,) = states
+        self.load_state_dict(state)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._constructed:
             raise ValueError(
@@ -158,14 +170,26 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     # ---- shared parts -----------------------------------------------------------------------------------------
 
-    def _agree(self, weight: int) -> "Agreement | None":
+    def _agree(self, weight: int, problem: str = "") -> "Agreement | None":
         """What all ranks bring to this step, by one small integer all-reduce. None: all of them skip it."""
-        present = [weight > 0 and piece.parameter.grad is not None for piece in all_pieces(self._buckets)]
+        present = [False] * self._num_parameters
+        for piece in all_pieces(self._buckets):
+            present[piece.index] = weight > 0 and piece.parameter.grad is not None
         nonfinite = weight > 0 and not self._gradients_are_finite()
-        facts = torch.tensor([weight, int(nonfinite), present.count(False)])
+        return self._agree_on(weight, present, nonfinite, problem)
+
+    def _agree_on(
+        self, weight: int, present: list[bool], nonfinite: bool, problem: str
+    ) -> "Agreement | None":
+        """present: for each parameter, whether this rank has a gradient. A `problem` is a ValueError on every rank."""
+        troubles = int(nonfinite) + (PROBLEM if problem else 0)
+        facts = torch.tensor([weight, troubles, present.count(False)])
         with self._exchanging():
             self.comm.all_reduce(facts)
-            total, num_nonfinite, num_absent = facts.tolist()
+            total, troubles, num_absent = facts.tolist()
+            num_problems, num_nonfinite = divmod(troubles, PROBLEM)
+            if num_problems:
+                raise ValueError("; ".join(dict.fromkeys(_with_rank(gather_texts(self.comm, problem)))))
             if num_absent and total and not num_nonfinite:
                 anywhere = self.comm.all_reduce(torch.tensor(present, dtype=torch.int64))
                 present = [count > 0 for count in anywhere.tolist()]
@@ -178,17 +202,37 @@ class DistributedOptimizer(torch.optim.Optimizer):
             return None
         return Agreement(total, present)
 
+    def _average(
+        self, bucket: Bucket, gradients: Sequence[Tensor | None], share: float, present: list[bool]
+    ) -> None:
+        """Give the mean of all ranks' s·g, exchanged whole, to the inner optimiser; `gradients` for each piece.
+
+        A parameter for which no rank has anything gets none.
+        """
+        dtype = next((gradient.dtype for gradient in gradients if gradient is not None), bucket.dtype)
+        flat = bucket.new_zeros(dtype)
+        if share:
+            for piece, gradient in zip(bucket.pieces, gradients):
+                if gradient is not None:
+                    torch.mul(gradient, share, out=piece.of(flat))
+        with self._exchanging():
+            self.comm.all_reduce(flat)
+        flat.div_(self.comm.size)
+        for piece in bucket.pieces:
+            mean = piece.of(flat)
+            if present[piece.index] or bool(mean.any()):
+                set_gradient(piece.parameter, mean)
+            else:
+                piece.parameter.grad = None
+
     def _gradients_are_finite(self) -> bool:
-        """Whether every gradient, times the largest factor it can meet, is finite."""
-        for bucket in self._buckets:
-            grads = [piece.parameter.grad for piece in bucket.pieces if piece.parameter.grad is not None]
-            grads = [grad for grad in grads if grad.numel()]
-            if not grads:
-                continue
-            largest = max_magnitude(grads)
-            if not largest * self._largest_factor() <= torch.finfo(bucket.dtype).max:
-                return False
-        return True
+        return all(map(self._is_finite, self._buckets))
+
+    def _is_finite(self, bucket: Bucket) -> bool:
+        """Whether every gradient of a bucket, times the largest factor it can meet, is finite."""
+        grads = [piece.parameter.grad for piece in bucket.pieces if piece.parameter.grad is not None]
+        grads = [grad for grad in grads if grad.numel()]
+        return not grads or max_magnitude(grads) * self._largest_factor() <= torch.finfo(bucket.dtype).max
 
     def _unscale(self) -> None:
         scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step()
@@ -268,6 +312,19 @@ def max_magnitude(tensors: list[Tensor]) -> float:
     """The largest absolute value of tensors on one device, NaN where there is one."""
     extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
     return float(torch.stack(extremes).abs().max())
+
+
+def global_norm(buckets: list[Bucket]) -> float:
+    """The Euclidean norm of all gradients together."""
+    grads = [piece.parameter.grad for piece in all_pieces(buckets) if piece.parameter.grad is not None]
+    norms = []
+    for grad in grads:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        norm = float(torch.linalg.vector_norm(grad, dtype=wide))
+        if norm == math.inf:  # the squares were too large
+            norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+        norms.append(norm)
+    return math.hypot(*norms)
 
 
 def scale_of(weight: int, total: int, size: int) -> float:

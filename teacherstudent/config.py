@@ -213,6 +213,11 @@ class Optimisation(Section):
     # Gtc: share of gradient elements sent.
     density: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-3
     multi_quantum: bool = False  # gtc: send all that has grown past the threshold, not one quantum a step
+    ramp_steps: Natural = 0  # gtc: over so many steps the density goes down from 1e-2
+    exact_steps: Natural = 0  # gtc: so many first steps average exactly
+    codec: Literal["auto", "words", "rice", "bitmap", "dense"] = (
+        "auto"  # gtc: of messages; auto takes fewest bytes
+    )
     block_steps: Count = 50  # bmuf
     block_momentum: Annotated[float, Range(0, 1, below=True)] | None = None  # bmuf: default 1 - 1/workers
 

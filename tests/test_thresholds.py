@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from teacherstudent.distributed.thresholds import (
     LOWEST_THRESHOLD,
     DensityController,
+    FixedThreshold,
     nearest_level,
     threshold_at,
 )
@@ -48,3 +49,38 @@ def test_with_nothing_left_to_send_the_threshold_stops_where_float32_still_holds
     for _ in range(20):
         controller.update(0.5)
     assert controller.level > before
+
+
+def test_the_target_of_a_ramp_falls_geometrically_and_stays() -> None:
+    controller = DensityController(1e-4, ramp_steps=20)
+    controller.level = nearest_level(1e-3)
+    targets = []
+    for _ in range(30):
+        targets.append(controller.target)
+        controller.update(controller.target)
+    assert np.allclose(targets[:21], np.geomspace(1e-2, 1e-4, 21))
+    assert targets[20:] == [1e-4] * 10
+
+
+def test_a_controller_goes_on_from_its_state() -> None:
+    densities = np.random.default_rng(0).uniform(0, 2e-2, 60)
+    whole = DensityController(1e-3, ramp_steps=40)
+    whole.level = nearest_level(1e-3)
+    levels = []
+    for step, density in enumerate(densities):
+        if step == 25:
+            other = DensityController(1e-3, ramp_steps=40)
+            other.load_state_dict(whole.state_dict())
+        whole.update(density)
+        levels.append(whole.level)
+    for density, level in zip(densities[25:], levels[25:]):
+        other.update(density)
+        assert other.level == level
+    assert len(set(levels[25:])) > 3
+
+
+def test_a_fixed_threshold_does_not_move() -> None:
+    threshold = FixedThreshold(5)
+    threshold.update(0.9)
+    threshold.load_state_dict(threshold.state_dict())
+    assert threshold.level == 5

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,21 +34,26 @@ class Breaking:
 
     def __init__(self, source: Source, calls: "itertools.count[int]", step: int) -> None:
         self.source, self.calls, self.step = source, calls, step
+        self.taken: list[tuple[int, int]] = []  # epoch and micro-batch of every step
 
     def batch(self, position: Position, rank: int) -> Batch:
         if next(self.calls) == self.step:
             raise Interruption
+        self.taken.append((position.epoch, position.consumed + rank))
         return self.source.batch(position, rank)
 
     def advance(self, position: Position, num_workers: int) -> Position:
         return self.source.advance(position, num_workers)
 
 
-def train_on(comm: Communicator, training: Training, step: int = -1, rank: int = 1) -> None:
-    """On this worker; `rank` is interrupted when it begins its `step`th step from here."""
+def train_on(
+    comm: Communicator, training: Training, step: int = -1, rank: int = 1
+) -> dict[str, list[tuple[int, int]]]:
+    """On this worker; `rank` is interrupted when it begins its `step`th step from here. What it took of each source."""
     calls = itertools.count(0 if comm.rank == rank else STEPS)
     sources = {name: Breaking(make_source(name), calls, step) for name in (HUMAN, MACHINE)}
     train(comm, training, sources, make_source("dev", 3))
+    return {name: source.taken for name, source in sources.items()}
 
 
 def train_together(training: Training, num_workers: int = 2, **interruption: int) -> None:
@@ -128,13 +135,33 @@ def test_a_training_that_is_done_changes_nothing_when_it_is_started_again(
     assert contents(tmp_path) == undisturbed["bmuf"]
 
 
-def test_going_on_with_another_number_of_workers_is_refused_by_all_of_them(tmp_path: Path) -> None:
-    training = make_training(tmp_path)
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:(GTC|BMUF) with one worker")
+@pytest.mark.filterwarnings("ignore:this BMUF state was saved by 2 workers inside a block")
+def test_going_on_with_another_number_of_workers_takes_every_micro_batch_once(
+    tmp_path: Path, method: str, num_workers: int
+) -> None:
+    training = make_training(tmp_path, method)
     with pytest.raises(Interruption):
         train_together(training, step=VALIDATE_EVERY)
-    for num_workers in (1, 3):
-        with pytest.raises(ValueError, match=rf"begun with 2 workers.*got {num_workers}.*{tmp_path}"):
-            train_together(training, num_workers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*what they held is lost")
+        ranks = in_process(num_workers, lambda comm: train_on(comm, training), timeout_seconds=30)
+    assert read_log(tmp_path)[-1]["step"] == STEPS
+    num_steps = Counter(training.plan[step].source for step in range(VALIDATE_EVERY))
+    for name in (HUMAN, MACHINE):
+        source, position = make_source(name), Position()
+        taken = []
+        for _ in range(num_steps[name]):  # by the two workers
+            taken += [(position.epoch, position.consumed + rank) for rank in range(2)]
+            position = source.advance(position, 2)
+        taken += [place for rank in ranks for place in rank[name]]
+        assert len(set(taken)) == len(taken)
+        last = max(epoch for epoch, _ in taken)
+        for epoch in range(last):
+            dealt = {place for place in taken if place[0] == epoch}
+            assert dealt >= {(epoch, number) for number in range(len(source.plan(epoch)))}
 
 
 def plain_training(training: Training, num_workers: int) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ def test_an_epoch_of_machine_labels_holds_every_utterance_that_has_targets_besid
         with TargetWriter(path, 20, 1, target_provenance(experiment)) as writer:
             for name in names:
                 writer.write(name, torch.eye(20)[[FRAMES[name]] * FRAMES[name]])
-    source = trainings._open_source(experiment, "machine", Network(), batch_frames=15)
+    source = trainings.open_source(experiment, "machine", Network(), batch_frames=15)
     met = []
     for number in range(len(source.plan(0))):
         batch = source.batch(Position(0, number))

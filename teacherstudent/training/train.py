@@ -231,16 +231,16 @@ def _resume(
     if not pointer.is_file():
         return
     latest = json.loads(pointer.read_text())
-    if latest["num_workers"] != comm.size:
-        raise ValueError(
-            f"{training.name} was begun with {latest['num_workers']} workers and goes on with as many, "
-            f"got {comm.size}: start as many, or remove {training.folder} to begin anew"
-        )
-    contents = checkpoint.load(pointer.parent / f"step{latest['step']}.rank{comm.rank}.pt")
+    saved_size = latest["num_workers"]
+    saved_ranks = [
+        checkpoint.load(pointer.parent / f"step{latest['step']}.rank{rank}.pt")
+        for rank in optimizer.ranks_to_load(saved_size)
+    ]
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            value.copy_(contents["weights"][name])
-    optimizer.load_state_dict(contents["optimizer"])
-    saved = contents["progress"]
+            value.copy_(saved_ranks[0]["weights"][name])
+    optimizer.load_state_dicts([saved_rank["optimizer"] for saved_rank in saved_ranks])
+    saved = saved_ranks[0]["progress"]
+    saved["frames"] = saved["frames"] * saved_size // comm.size  # of each worker, of as many in all
     positions = {name: Position(**position) for name, position in saved.pop("positions").items()}
     vars(progress).update(saved, positions=positions)

@@ -62,7 +62,7 @@ def _train(
         readers=num_readers(experiment.config.features),
     )
     batch_frames = optimisation.batch_frames
-    sources = {source: _open_source(experiment, source, network, batch_frames) for source in plan.sources}
+    sources = {source: open_source(experiment, source, network, batch_frames) for source in plan.sources}
     dev = labelled_source(experiment, DEV, network, batch_frames)
     train(comm, training, sources, dev)
     return [folder / "best.pt", folder / "final.pt", folder / "log.jsonl"]
@@ -86,7 +86,7 @@ def labelled_source(experiment: Experiment, part: str, network: Network, batch_f
     return _source(experiment, HUMAN_SOURCE, part, network, labels, batch_frames)
 
 
-def _open_source(experiment: Experiment, source: str, network: Network, batch_frames: int) -> Source:
+def open_source(experiment: Experiment, source: str, network: Network, batch_frames: int) -> Source:
     if source == HUMAN_SOURCE:
         return labelled_source(experiment, HUMAN, network, batch_frames)
     store = TargetStore(experiment.path("targets"), expect=target_provenance(experiment))

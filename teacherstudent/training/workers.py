@@ -21,7 +21,13 @@ Method = Callable[[torch.optim.Optimizer, Communicator, Optimisation], Distribut
 METHODS: dict[str, Method] = {
     "exact": lambda inner, comm, _: ExactAveraging(inner, comm),
     "gtc": lambda inner, comm, settings: GTC(
-        inner, comm, density=settings.density, multi_quantum=settings.multi_quantum
+        inner,
+        comm,
+        density=settings.density,
+        multi_quantum=settings.multi_quantum,
+        ramp_steps=settings.ramp_steps,
+        warmup_steps=settings.exact_steps,
+        codec=settings.codec,
     ),
     "bmuf": lambda inner, comm, settings: BMUF(
         inner, comm, block_steps=settings.block_steps, block_momentum=settings.block_momentum

@@ -5,17 +5,50 @@ Run in process by the tests, and as a program under a launcher: the hashes must 
 
 import hashlib
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, connect
 
-METHODS = ("exact", "gtc", "gtc_dense", "bmuf", "bmuf_classical")
+METHODS = (
+    "exact",
+    "gtc",
+    "gtc_dense",
+    "gtc_adam",
+    "gtc_every_option",
+    "gtc_overlap",
+    "gtc_delay",
+    "bmuf",
+    "bmuf_classical",
+)
+EVERY_GTC_OPTION: dict[str, Any] = {
+    "density": 5e-3,
+    "multi_quantum": True,
+    "codec": "rice",
+    "capacity": 0.02,
+    "ramp_steps": 20,
+    "warmup_steps": 3,
+    "momentum": 0.5,
+    "clip_norm": 1.0,
+}
 NUM_STEPS = 40
 
 
-def make_optimizer(method: str, inner: torch.optim.Optimizer, comm: Communicator) -> torch.optim.Optimizer:
+def make_optimizer(
+    method: str, parameters: Iterable[torch.nn.Parameter], comm: Communicator
+) -> torch.optim.Optimizer:
+    if method == "gtc_adam":
+        return GTC(torch.optim.Adam(parameters, lr=0.01), comm, density=0.02)
+    if method == "gtc_every_option":
+        return GTC(torch.optim.SGD(parameters, lr=0.2, weight_decay=0.01), comm, **EVERY_GTC_OPTION)
+    inner = torch.optim.SGD(parameters, lr=0.2, momentum=0.5)
+    if method == "gtc_overlap":
+        return GTC(inner, comm, density=0.03, overlap=True, bucket_bytes=1000)
+    if method == "gtc_delay":
+        return GTC(inner, comm, density=0.03, delay=True)
     if method == "exact":
         return ExactAveraging(inner, comm)
     if method.startswith("gtc"):
@@ -37,8 +70,7 @@ def train(comm: Communicator, method: str) -> str:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2, generator=start)
-    inner = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
-    optimizer = make_optimizer(method, inner, comm)
+    optimizer = make_optimizer(method, model.parameters(), comm)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.98**step * (3 if step % 5 == 0 else 1)
     )
@@ -49,6 +81,8 @@ def train(comm: Communicator, method: str) -> str:
         weight = (step + 3 * comm.rank) % 6  # 0 now and then, on different ranks
         inputs = torch.randn(8, 20, generator=generator)
         optimizer.zero_grad()
+        if method == "gtc_overlap":
+            optimizer.begin_step(weight=weight)
         functional.cross_entropy(model(inputs), (inputs @ hidden).argmax(dim=1)).backward()
         optimizer.step(weight=weight)
         schedule.step()
