@@ -56,7 +56,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         return _parser().parse_args(words)
     overrides = [word for word in words if re.match(r"\w+(\.[\w-]+)*=", word)]
     options = _parser().parse_args([word for word in words if word not in overrides])
-    options.overrides += overrides
+    options.overrides = [*options.overrides, *overrides]
     return options
 
 
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         step.add_argument(
             "overrides",
             nargs="*",
+            default=[],  # without it argparse calls them required
             metavar="section.key=value",
             help="settings that take the place of the file's",
         )
@@ -130,7 +131,11 @@ def _run_steps(config: Config, options: argparse.Namespace) -> int:
     steps = find_steps(experiment, options.step)
     comm.barrier()  # every rank has looked at the folder before one of them writes to it
     if comm.rank == 0:
-        experiment.create()
+        try:
+            experiment.create()
+        except OSError as error:
+            what = f"folder = {config.folder!r} cannot be written: {error.strerror}"
+            raise ValueError(f"{what}. Name another (folder=OTHER)") from None
     run_steps(experiment, comm, steps)
     if comm.rank == 0 and options.step in ("evaluate", "report", "run"):
         _say_results(experiment.folder)

@@ -341,7 +341,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
             "examples/smoke/smoke.toml is one to start from; `teacherstudent --help` lists the steps."
         )
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     for override in overrides:

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from teacherstudent.alignment.align import align
+from teacherstudent.alignment.align_sources import check_brought
 from teacherstudent.config import Network
 from teacherstudent.data.features import STACKED_FRAMES
+from teacherstudent.data.manifests import PARTS
 from teacherstudent.data.prepare import prepare
 from teacherstudent.data.sources import brings_data, find_texts, import_data
 from teacherstudent.decoding.evaluate import evaluate
@@ -180,6 +182,8 @@ def _corpus(experiment: Experiment) -> list[Path]:
     config, folder = experiment.config, experiment.data_folder
     if brings_data(config):
         return import_data(experiment)
+    hours = sum(getattr(config.corpus, f"{part}_minutes") for part in PARTS) / 60
+    print(f"corpus: no [data]: making {hours:.3g} h of speech", flush=True)
     make_corpus(folder, config.corpus, config.features.sampling_rate, config.seed)
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
@@ -189,6 +193,8 @@ def _resources(experiment: Experiment) -> list[Path]:
     config = experiment.config
     named = [config.data.lexicon, config.data.language_model]
     found = find_texts(experiment) if brings_data(config) else [Path(name) for name in named if name]
+    if brings_data(config) or config.data.lexicon:
+        check_brought(experiment)
     found += [Path(config.senones.questions)] if config.senones.questions else []
     for folder in filter(None, (config.align.folder, config.senones.kaldi_tree)):
         places = os.walk(folder, followlinks=True)

@@ -10,7 +10,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -63,7 +63,8 @@ def _check_ranges(section: Section, values: Mapping[str, Any], where: str | None
 def _check_range(value: Any, kind: Any, name: str) -> None:
     for part in typing.get_args(kind):
         if isinstance(part, Range) and value is not None:
-            require(value in part, name, value, str(part))
+            needed = str(part).removesuffix(", and finite" if isinstance(value, int) else "")
+            require(value in part, name, value, needed)
         elif (
             typing.get_origin(part) is Annotated and value is not None
         ):  # of a list, or of what may be left out
@@ -115,7 +116,8 @@ def build(section: Any, tables: Mapping[str, Any], where: str) -> Any:
     for key, value in tables.items():
         name = f"{where}.{key}" if where else key
         if key not in fields:
-            raise ValueError(f"unknown setting {name!r}{_nearest(key, fields, where)}")
+            elsewhere = list(_places(section, key, where))
+            raise ValueError(f"unknown setting {name!r}{_nearest(key, fields, where, elsewhere)}")
         present = getattr(section, key)
         if dataclasses.is_dataclass(present):
             if not isinstance(value, Mapping):
@@ -142,7 +144,19 @@ def merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _nearest(key: str, known: Mapping[str, Any], where: str) -> str:
+def _places(section: Any, key: str, where: str) -> Iterator[str]:
+    """Where below the section a setting of that name is."""
+    for item in dataclasses.fields(section):
+        value, name = getattr(section, item.name), f"{where}.{item.name}" if where else item.name
+        if item.name == key:
+            yield name
+        elif dataclasses.is_dataclass(value):
+            yield from _places(value, key, name)
+
+
+def _nearest(key: str, known: Mapping[str, Any], where: str, elsewhere: Sequence[str]) -> str:
+    if elsewhere:
+        return f"; there is {', '.join(elsewhere)}"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     place = f"[{where}]" if where else "the top level"
     if close:

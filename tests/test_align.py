@@ -517,6 +517,15 @@ def test_phones_of_another_lexicon_are_taken_and_counted_and_those_of_a_part_are
     assert report(experiment)["parts"]["human"]["spelt_as_in_lexicon"] == 0.5
 
 
+def test_words_that_the_lexicon_lacks_are_counted(tmp_path) -> None:
+    settings = write_ctm(tmp_path / "ctm", kaldi=False)
+    (tmp_path / "ctm" / "words.ctm").unlink()
+    shards = [[cut_of("one", text="ab um ba"), cut_of("two", text="a a um um")], [cut_of("three")]]
+    experiment = make_experiment(tmp_path / "experiment", shards, **settings)
+    align(experiment)
+    assert report(experiment)["parts"]["human"]["unknown_words"] == 3
+
+
 def test_users_fields_are_no_conditions(tmp_path) -> None:
     marked = cut_of("one", original="two", speed=1.25)
     experiment = make_experiment(tmp_path / "experiment", [[marked], []], **write_kaldi(tmp_path / "ali"))
@@ -651,6 +660,7 @@ def test_parts_may_lie_in_folders_of_their_own(tmp_path) -> None:
 def test_a_folder_without_alignments_is_refused(source, message, tmp_path) -> None:
     folder = tmp_path / "folder"
     write_kaldi(folder, names=())
+    (folder / "final.mdl").unlink()  # what is missing first of all is told
     experiment = make_experiment(tmp_path / "experiment", cuts(), source=source, folder=str(folder))
     with pytest.raises(ValueError, match=message):
         align(experiment)

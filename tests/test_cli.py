@@ -132,6 +132,35 @@ def test_audio_of_another_sampling_rate_is_named_where_it_is_not_to_be_resampled
     assert "features.resample" in message
 
 
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("align.unknown_word=unheard-of", "align.unknown_word = 'unheard-of' is not in the lexicon"),
+        ("data.lexicon=LEXICON", "line 1: word 'mute' has no phones"),
+        ("align.folder=nowhere", "align.folder = 'nowhere': there is no such folder"),
+    ],
+)
+def test_what_align_would_refuse_is_refused_before_features_are_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, own_data: Path, setting: str, message: str
+) -> None:
+    (tmp_path / "mute.txt").write_text("mute\n")
+    setting = setting.replace("LEXICON", str(tmp_path / "mute.txt"))
+    source = "align.source=ctm" if "folder" in setting else "align.source=transcripts"
+    settings = (f"folder={tmp_path / 'exp'}", f"data.folder={own_data}", source, setting)
+    assert message in error_of(capsys, "run", TINY, *settings)
+    assert not (tmp_path / "exp" / "features").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named_by_its_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "folder = '/proc/none' cannot be written" in error_of(capsys, "run", TINY, "folder=/proc/none")
+
+
+def test_only_the_configuration_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run"])
+    assert "arguments are required: CONF.TOML\n" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_parameters_and_schedule_and_starts_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

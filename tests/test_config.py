@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +66,39 @@ def test_an_unknown_key_at_any_depth_names_the_nearest(
     message = refusal(toml, override)
     assert f"unknown setting {unknown!r}; the nearest in" in message
     assert message.endswith(repr(nearest))
+
+
+def test_the_readme_has_a_whole_experiment_of_ones_own_data(toml: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    toml.write_text(text.split("```toml\n")[1].split("```")[0], encoding="utf-8")
+    config = load(toml)
+    assert (config.data.folder, config.align.source) == ("mydata", "transcripts")
+
+
+@pytest.mark.parametrize(
+    "override, places",
+    [
+        ("network.normalisation=causal", "teacher.network, student.network"),
+        ("teacher.steps=1", "teacher.schedule.steps"),
+        ("jobs=1", "corpus.jobs, features.jobs, align.jobs, senones.jobs, decode.jobs"),
+    ],
+)
+def test_a_key_of_another_section_is_answered_with_where_it_is(
+    toml: Path, override: str, places: str
+) -> None:
+    assert refusal(toml, override).endswith(f"; there is {places}")
+
+
+@pytest.mark.parametrize(
+    "override, needed",
+    [
+        ("student.schedule.steps=-1", ">= 1"),
+        ("decode.beam=-1", "> 0, and finite"),
+        ("align.states=0", "in [1, 9]"),
+    ],
+)
+def test_a_number_out_of_range_is_answered_with_the_range(toml: Path, override: str, needed: str) -> None:
+    assert refusal(toml, override).endswith(f": it must be {needed}")
 
 
 def test_a_key_like_no_other_is_answered_with_all_of_its_section(toml: Path) -> None:

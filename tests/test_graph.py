@@ -130,8 +130,8 @@ def test_words_without_pronunciation_or_probability_are_left_out_with_a_warning(
         graph = Graph.build(LEXICON, inventory, model)
     texts = sorted(str(warning.message) for warning in caught)
     assert texts == [
-        "1 words of the language model have no pronunciation in the lexicon and are left out: polka",
-        "3 words of the lexicon are not in the language model and are left out: tomb, too, two",
+        "left out: 1 of the language model's words, for which the lexicon has no pronunciation: polka",
+        "left out: 3 of the lexicon's words, which the language model lacks: tomb, too, two",
     ]
     assert graph.words == ("mmm", "to", "um")
 

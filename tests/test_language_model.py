@@ -237,3 +237,8 @@ def test_the_unknown_word_has_probability_and_cannot_be_said(monkeypatch):
     assert model.words == ("a",)
     assert model.log10_probability(("a",), "<unk>") == -0.5228787
     assert model.log10_probability((), "b") == -math.inf
+
+
+def test_a_byte_order_mark_is_part_of_no_word(tmp_path):
+    (tmp_path / "words.txt").write_bytes(b"\xef\xbb\xbfyes\nno\n")
+    assert LanguageModel.read(tmp_path / "words.txt").words == ("no", "yes")

@@ -87,3 +87,9 @@ def test_kaldis_phones_with_and_without_a_place_are_marked_ones() -> None:
     noise = ["SPN", *(f"SPN_{place}" for place in "BIES")]
     assert base_phones(["SIL", "SIL_B", *noise, "K_B"]) == ["SIL", "SIL", *["SPN"] * 5, "K"]
     assert base_phones(["SIL", *noise[:-1], "K_B"]) == ["SIL", *noise[:-1], "K_B"]
+
+
+def test_a_byte_order_mark_is_part_of_no_word(tmp_path: Path) -> None:
+    path = tmp_path / "lexicon.txt"
+    path.write_bytes(b"\xef\xbb\xbfa AX\n")
+    assert Lexicon.read(path).words == ["a"]

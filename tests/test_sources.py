@@ -16,7 +16,7 @@ from lhotse import CutSet, Fbank, FbankConfig, MonoCut
 from lhotse.kaldi import load_kaldi_data_dir
 from tiny_audio import RATE, contents, make_samples, open_config, write_audio, write_data
 
-from teacherstudent.config import Data, Features
+from teacherstudent.config import Align, Data, Features
 from teacherstudent.data.data_folders import (
     extract_shar,
     list_audio_folder,
@@ -32,6 +32,8 @@ from teacherstudent.data.packed import open_shards
 from teacherstudent.data.prepare import prepare
 from teacherstudent.data.sources import brings_data, import_data
 from teacherstudent.experiment import Experiment
+
+TRANSCRIPTS = Align(source="transcripts")
 
 # -- the same speech in every form ---------------------------------------------------------------------------
 
@@ -143,7 +145,10 @@ def bring(folder: Path, write: Callable[[Path, str], None]) -> Experiment:
 def reopen(folder: Path, name: str = "experiment", max_left_out_share: float = 0.05) -> Experiment:
     settings = Features(num_mels=10, jobs=1, max_left_out_share=max_left_out_share)
     return open_config(
-        folder / name, data=Data(folder=str(folder / "data"), shard_utterances=2), features=settings
+        folder / name,
+        data=Data(folder=str(folder / "data"), shard_utterances=2),
+        features=settings,
+        align=TRANSCRIPTS,
     )
 
 
@@ -238,7 +243,9 @@ def test_shards_hold_the_utterances_of_all_places_of_the_part(tmp_path: Path) ->
     for part in PARTS[1:]:
         write_audio_folder(tmp_path / "data" / part, part)
     (tmp_path / "data" / "lexicon.txt").write_text("yes Y\n")
-    experiment = open_config(tmp_path / "e", data=Data(folder=str(tmp_path / "data"), shard_utterances=11))
+    experiment = open_config(
+        tmp_path / "e", data=Data(folder=str(tmp_path / "data"), shard_utterances=11), align=TRANSCRIPTS
+    )
     import_data(experiment)
     shards = [
         [json.loads(line)["id"] for line in path.read_text().splitlines()]
@@ -264,7 +271,9 @@ def test_parts_may_lie_in_different_places_and_have_different_forms(tmp_path: Pa
         test=str(tmp_path / "sharded cuts" / "test"),
         lexicon=str(tmp_path / "words.txt"),
     )
-    experiment = open_config(tmp_path / "e", data=data, features=Features(num_mels=10, jobs=1))
+    experiment = open_config(
+        tmp_path / "e", data=data, features=Features(num_mels=10, jobs=1), align=TRANSCRIPTS
+    )
     assert brings_data(experiment.config)
     run(experiment)
     assert experiment.is_done("prepare", ("corpus",))
@@ -454,7 +463,7 @@ def hide_audio(data: Path) -> None:
 
 ERRORS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "commands": ("kaldi", lambda d: (d / "human" / "wav.scp").write_text("human-0 sox a.flac -t wav - |\n"),
-                 ["human-0", "sox a.flac -t wav - |", "command", "not run"]),
+                 ["human-0", "sox a.flac -t wav - |", "command", "not run", "scp:wav.scp scp:files.scp"]),
     "archives": ("kaldi", lambda d: (d / "human" / "wav.scp").write_text("human-0 a.ark:17\n"),
                  ["human-0", "archive", "a.ark:17"]),
     "an id twice": ("kaldi", lambda d: append(d / "human" / "wav.scp", "human-0 x.wav\n"),
@@ -469,6 +478,8 @@ ERRORS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "no text": ("kaldi", lambda d: (d / "human" / "text").unlink(), ["/human/text", "transcripts"]),
     "no transcripts": ("audio folder", lambda d: (d / "human" / "transcripts.txt").unlink(),
                        ["/human/transcripts.txt"]),
+    "no words": ("audio folder", lambda d: (d / "human" / "transcripts.txt").write_text(""),
+                 ["5 x no transcript, for instance human-0"]),
     "two files of one name": ("audio folder", lambda d: write_audio(d / "human" / "other" / "human-0.flac",
                                                                     np.zeros(99), subtype="PCM_16"),
                               ["'human-0'", "human-0.flac", "human-0.wav"]),
@@ -494,6 +505,26 @@ def test_data_that_cannot_be_understood_are_refused_with_the_place_and_what_to_d
     for word in words:
         assert word in str(error.value)
     assert not (tmp_path / "e" / "corpus" / "human").exists() or problem in ("nothing", "no folder")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_cuts_may_be_where_alignments_are_looked_for(tmp_path: Path, form: str) -> None:
+    config = bring(tmp_path, FORMS[form]).config
+    experiment = open_config(tmp_path / "cuts", data=config.data)
+    if form in ("sharded cuts", "one manifest", "shar"):
+        import_data(experiment)
+        return
+    with pytest.raises(
+        ValueError, match=r"hold no alignments: human, dev, test.*source = \"transcripts\" makes them"
+    ):
+        import_data(experiment)
+    assert not experiment.path("corpus").exists()
+
+
+def test_a_byte_order_mark_is_part_of_no_id(tmp_path: Path) -> None:
+    path = tmp_path / "transcripts.txt"
+    path.write_bytes(b"\xef\xbb\xbfone yes\ntwo no\n")
+    assert read_table(path) == {"one": "yes", "two": "no"}
 
 
 def test_a_part_that_is_not_named_is_missed(tmp_path: Path) -> None:

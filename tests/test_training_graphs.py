@@ -20,6 +20,7 @@ LEXICON = Lexicon.of(
         ("ab", ("A_B", "B_E")),
         ("ab", ("B_B", "B_E")),
         ("cab", ("C_B", "A_I", "B_E")),
+        ("Bab", ("B_B", "A_I", "B_E")),
         ("<unk>", ("C_S",)),
     ]
 )
@@ -131,7 +132,12 @@ def test_the_fewest_frames_that_phones_need_are_enough_and_one_less_is_told(stat
 
 
 @pytest.mark.parametrize(
-    "text, reason", [("", "transcript is empty"), ("a dab", "a word is not in the lexicon: 'dab'")]
+    "text, reason",
+    [
+        ("", "transcript is empty"),
+        ("a dab", "a word is not in the lexicon: 'dab'$"),
+        ("a BAB", "a word is not in the lexicon: 'BAB', but 'Bab' is: upper and lower case differ$"),
+    ],
 )
 def test_what_cannot_be_aligned_says_why(text: str, reason: str) -> None:
     with pytest.raises(AlignmentError, match=reason):

@@ -23,6 +23,18 @@ def test_every_method_of_the_configuration_makes_an_optimizer_with_its_settings(
             assert (group["lr"], group["momentum"]) == (0.25, 0.5)
 
 
+def test_one_worker_is_told_which_setting_is_for_it() -> None:
+    parameters = list(torch.nn.Linear(2, 2).parameters())
+    for method in ("gtc", "bmuf"):
+        with pytest.warns(UserWarning) as caught:
+            make_optimizer(parameters, connect(), Optimisation(method=method))
+        [warning] = caught
+        assert str(warning.message).startswith(
+            f"optimisation.method = '{method}': {method.upper()} with one worker"
+        )
+        assert "'exact' is for one worker; distributed.workers" in str(warning.message)
+
+
 def test_without_a_launcher_the_configured_workers_run_and_under_one_those_that_were_launched() -> None:
     alone = connect()
     assert run_workers(alone, Distributed(workers=3), lambda comm: comm.size) == 3

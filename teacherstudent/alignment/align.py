@@ -80,6 +80,10 @@ class Phones:
         transcript = _find_transcript(cut)
         return transcript is not None and not spelling_distance(segments, transcript, self._lexicon)
 
+    def count_unknown(self, cut: Cut) -> int:
+        """Words of the transcript that the lexicon lacks."""
+        return sum(word not in self._lexicon.pronunciations for word in transcript_of(cut).split())
+
     def label(self, segments: PhoneSegments, num_frames: int) -> dict[str, np.ndarray]:
         ids = [self._ids[phone] for phone in segments.phones]
         phone, first = frame_labels(segments.starts, segments.ends, ids, num_frames)
@@ -125,6 +129,7 @@ class _Sums:
     aligned_seconds: float = 0.0
     speech_seconds: float = 0.0
     spelt: int = 0  # utterances whose phones are exactly those that the lexicon has for the transcript
+    unknown_words: int = 0  # said in those, and not in the lexicon
     grid: Shifts = field(default_factory=Shifts)  # of frames against the alignment that they were made of
     cuts: Shifts = field(default_factory=Shifts)  # of the alignment against the cuts' own phones
 
@@ -135,6 +140,7 @@ class _Sums:
         self.aligned_seconds += other.aligned_seconds
         self.speech_seconds += other.speech_seconds
         self.spelt += other.spelt
+        self.unknown_words += other.unknown_words
         self.grid.merge(other.grid)
         self.cuts.merge(other.cuts)
 
@@ -239,6 +245,7 @@ class _Aligner:
             return
         sums.speech_seconds += float(lengths[segments.spoken].sum())
         sums.spelt += self._labels.is_spelt(segments, cut)
+        sums.unknown_words += self._labels.count_unknown(cut)
         sums.grid.add(grid_shifts(segments, arrays["phone"], arrays["first"]))
         if isinstance(source, CutSource):
             return
@@ -319,6 +326,7 @@ def _summarise(sums: _Sums) -> dict[str, Any]:
         "coverage": round(sums.aligned_seconds / max(sums.seconds, 1e-9), 4),
         "speech_share": round(speech, 4),
         "spelt_as_in_lexicon": round(sums.spelt / known, 4) if known else None,
+        "unknown_words": sums.unknown_words if known else None,
         "frames_after_alignment": sums.grid.summary(),
         "alignment_after_cuts": sums.cuts.summary(),
     }

@@ -20,7 +20,7 @@ from teacherstudent import wheels
 from teacherstudent.alignment import ctm, textgrid
 from teacherstudent.alignment.alignment_index import AlignmentIndex, Record, write_index
 from teacherstudent.alignment.alignments import LENGTH_TOLERANCE_SECONDS, AlignmentError, PhoneSegments
-from teacherstudent.alignment.flat_start import train_and_align
+from teacherstudent.alignment.flat_start import check_unknown_word, train_and_align
 from teacherstudent.alignment.kaldi_alignments import (
     KaldiFrames,
     TransitionModel,
@@ -30,6 +30,7 @@ from teacherstudent.alignment.kaldi_alignments import (
     read_phone_names,
     unpack,
 )
+from teacherstudent.data.dataset import read_lexicon
 from teacherstudent.data.manifests import LABELLED_PARTS
 from teacherstudent.experiment import Experiment
 
@@ -70,7 +71,7 @@ def cut_segments(cut: Cut) -> PhoneSegments:
     if not phones:
         raise AlignmentError(
             "no phone alignment in the cut: each supervision needs alignment={'phone': [...]}, or align.source says "
-            "where the alignments are"
+            'where the alignments are; align.source = "transcripts" makes them from the transcripts'
         )
     words = [item for item in _items(cut, _WORDS) if item[2]]
     return PhoneSegments.of(phones, words or None).within(cut.start, cut.duration)
@@ -229,6 +230,18 @@ class TextGridSource(FileSource):
         return segments.within(0.0, duration)
 
 
+def check_brought(experiment: Experiment) -> None:
+    """What can be seen before anything is computed.
+
+    Raises ValueError for an align.folder that is not there, a lexicon that is none, and an align.unknown_word that it
+    lacks.
+    """
+    settings = experiment.config.align
+    if settings.folder and not Path(settings.folder).is_dir():
+        raise ValueError(f"align.folder = {settings.folder!r}: there is no such folder")
+    check_unknown_word(settings, read_lexicon(experiment))
+
+
 def open_sources(experiment: Experiment) -> dict[str, Source]:
     """By labelled part. Reads what is in align.folder once; trains the models of a flat start.
 
@@ -240,9 +253,8 @@ def open_sources(experiment: Experiment) -> dict[str, Source]:
     if settings.source == "transcripts":
         folder = train_and_align(experiment)
         return {part: FlatStartSource(folder / part) for part in LABELLED_PARTS}
+    check_brought(experiment)
     top = Path(settings.folder)
-    if not top.is_dir():
-        raise ValueError(f"align.folder = {settings.folder!r}: there is no such folder")
     kinds = {"kaldi": _open_kaldi, "ctm": _open_ctm, "textgrid": _open_textgrid}
     opened: dict[Path, Source] = {}
     sources = {}
@@ -258,6 +270,8 @@ def open_sources(experiment: Experiment) -> dict[str, Source]:
 
 
 def _open_kaldi(experiment: Experiment, folder: Path, index: Path) -> Source:
+    archives = sorted(folder.glob("ali.*.gz"))
+    _need(archives, folder, "ali.*.gz")
     model, names = _find("final.mdl", experiment, folder), _find("phones.txt", experiment, folder)
     if model is None and not experiment.config.senones.kaldi_tree:
         raise ValueError(
@@ -268,8 +282,6 @@ def _open_kaldi(experiment: Experiment, folder: Path, index: Path) -> Source:
         raise ValueError(f"{folder} has no phones.txt: copy it there from the lang folder of the model")
     if model is not None:
         TransitionModel.read(model)  # what is wrong with it is found before anything runs
-    archives = sorted(folder.glob("ali.*.gz"))
-    _need(archives, folder, "ali.*.gz")
     return KaldiSource(_index(index, partial(read_archives, archives)), _frames(experiment), model, names)
 
 

@@ -20,7 +20,7 @@ def read_lines(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
     """(utterance id, its lines) as they follow each other; an utterance may come again."""
     for path in paths:
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
                 lines = (line for line in file if line.strip() and not line.startswith(";;"))
                 for utterance, its in groupby(lines, key=lambda line: line.split(maxsplit=1)[0]):
                     yield utterance, "".join(line if line.endswith("\n") else line + "\n" for line in its)

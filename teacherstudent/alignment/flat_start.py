@@ -26,6 +26,7 @@ from teacherstudent.alignment.flat_start_shards import Models, Shard, ShardWorke
 from teacherstudent.alignment.gaussians import VARIANCE_FLOOR, Floats, Integers, Mixtures
 from teacherstudent.alignment.mfcc import NUM_FEATURES
 from teacherstudent.alignment.tied_states import TiedStates, find_bases, sum_events, tie
+from teacherstudent.config import Align
 from teacherstudent.data.dataset import prepared_shards, read_lexicon
 from teacherstudent.data.feature_reader import open_features
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS
@@ -77,11 +78,7 @@ def train_and_align(experiment: Experiment) -> Path:
     models = folder / "models"
     models.mkdir(parents=True, exist_ok=True)
     lexicon = read_lexicon(experiment)
-    if settings.unknown_word and settings.unknown_word not in lexicon.pronunciations:
-        raise ValueError(
-            f"align.unknown_word = {settings.unknown_word!r} is not in the lexicon: name a word that is, or leave it "
-            "empty and utterances with unknown words are left out"
-        )
+    check_unknown_word(settings, lexicon)
     monophone = Stage("monophone", settings.monophone_iterations, settings.monophone_gaussians, models)
     triphone = Stage("triphone", settings.triphone_iterations, settings.triphone_gaussians, models)
     shards = {part: _open_shards(experiment, part) for part in LABELLED_PARTS}
@@ -94,6 +91,15 @@ def train_and_align(experiment: Experiment) -> Path:
         for part in LABELLED_PARTS:
             _write_segments(processes, final, shards[part], folder / part)
     return folder
+
+
+def check_unknown_word(settings: Align, lexicon: Lexicon) -> None:
+    """Raises ValueError for an align.unknown_word that the lexicon lacks."""
+    if settings.unknown_word and settings.unknown_word not in lexicon.pronunciations:
+        raise ValueError(
+            f"align.unknown_word = {settings.unknown_word!r} is not in the lexicon: name a word that is, or leave it "
+            "empty and utterances with unknown words are left out"
+        )
 
 
 class _Trainer:

@@ -154,7 +154,7 @@ def read_phone_names(path: Path) -> dict[int, str]:
     """phones.txt: `name number` a line. Raises ValueError naming file and line."""
     names = {}
     try:
-        lines = split_lines(path.read_text(encoding="utf-8"))
+        lines = split_lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):

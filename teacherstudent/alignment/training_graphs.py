@@ -78,6 +78,7 @@ class TrainingGraphs:
         self._states = states
         self._lexicon, self._unknown_word = lexicon, unknown_word
         self._words = {word: index for index, word in enumerate(lexicon.words, 1)}
+        self._folded = {word.casefold(): word for word in lexicon.words}
         self._compiler = self._khg.TrainingGraphCompiler(
             trans_model=self._transitions,
             ctx_dep=tree,
@@ -102,7 +103,9 @@ class TrainingGraphs:
             raise AlignmentError("the transcript is empty")
         for word in words:
             if word not in self._words:
-                raise AlignmentError(f"a word is not in the lexicon: {word!r}")
+                other = self._folded.get(word.casefold())
+                hint = f", but {other!r} is: upper and lower case differ" if other else ""
+                raise AlignmentError(f"a word is not in the lexicon: {word!r}{hint}")
         fewest = sum(min(map(len, self._lexicon.pronunciations[word])) for word in words)
         if num_frames < fewest * self._states:
             raise AlignmentError(

@@ -51,7 +51,7 @@ def read_table(path: Path, values_needed: bool = True) -> dict[str, str]:
     """`key value …` a line. Raises ValueError naming file and line for a repeated key or a missing value."""
     table: dict[str, str] = {}
     try:
-        lines = split_lines(path.read_text(encoding="utf-8"))
+        lines = split_lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -104,7 +104,8 @@ def _find_file(folder: Path, name: str, place: str) -> str:
     if place.endswith("|") or place.startswith("|"):
         raise ValueError(
             f"{folder / WAV_SCP}: {name} is a command ({place}): commands in data are not run. Name audio files, for "
-            "instance after `wav-copy scp:wav.scp`, or the flac file itself where the command only decodes it"
+            "instance those of `wav-copy scp:wav.scp scp:files.scp`, where files.scp names a WAV file for each id, or "
+            "the flac file itself where the command only decodes it"
         )
     if re.search(r"\.ark:\d+(\[.*\])?$", place):
         raise ValueError(f"{folder / WAV_SCP}: {name} lies in an archive ({place}): name audio files instead")

@@ -61,7 +61,7 @@ class Lexicon:
     def read(cls, path: Path) -> "Lexicon":
         """Raises ValueError naming the file, and the line that is wrong."""
         try:
-            lines = split_lines(path.read_text(encoding="utf-8"))
+            lines = split_lines(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ValueError(
                 f"no lexicon at {path}: a text file is needed, `word phone phone …` a line"

@@ -19,7 +19,8 @@ import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,7 @@ def import_data(experiment: Experiment) -> list[Path]:
             )
         folders[part] = folder
     kinds = {part: recognise(folder, part) for part, folder in folders.items()}
+    _check_alignments(experiment.config, kinds)
     find_texts(experiment)
     outputs: list[Path] = []
     for part, folder in folders.items():
@@ -86,6 +88,16 @@ def import_data(experiment: Experiment) -> list[Path]:
             outputs += [made / "source.json", made / "skipped.jsonl"]
         outputs += source_shards(experiment, part)
     return outputs
+
+
+def _check_alignments(config: Config, kinds: Mapping[str, Kind]) -> None:
+    without = [part for part in LABELLED_PARTS if kinds[part] in ("kaldi", "audio")]
+    if without and config.align.source == "cuts":
+        raise ValueError(
+            f"align.source = 'cuts', but Kaldi folders and audio files hold no alignments: {', '.join(without)}. "
+            'align.source = "transcripts" makes them from the transcripts; "kaldi", "ctm" and "textgrid" read those in '
+            "align.folder"
+        )
 
 
 def find_texts(experiment: Experiment) -> list[Path]:
@@ -201,7 +213,11 @@ Deal = Callable[[int], Iterator[np.ndarray]]
 def _import_rows(folder: Path, listing: Listing, output: Path, deal: Deal) -> list[tuple[str, str]]:
     """Returns what was left out."""
     if not listing.rows:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in listing.skipped[:5])
+        examples = {reason: name for name, reason in reversed(listing.skipped)}
+        counts = Counter(reason for _, reason in listing.skipped).most_common(5)
+        reasons = "; ".join(
+            f"{count} x {reason}, for instance {examples[reason]}" for reason, count in counts
+        )
         raise ValueError(f"{folder} holds no utterance that can be used{f' ({reasons})' if reasons else ''}")
     skipped, num_overshooting = list(listing.skipped), 0
 

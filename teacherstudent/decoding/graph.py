@@ -62,12 +62,12 @@ def _shared_words(lexicon: Lexicon, language_model: LanguageModel) -> tuple[str,
     """The words that can be recognised, sorted."""
     pronounced, predicted = set(lexicon.pronunciations) - UNKNOWN, set(language_model.words)
     for lacking, what in (
-        (predicted - pronounced, "of the language model have no pronunciation in the lexicon"),
-        (pronounced - predicted, "of the lexicon are not in the language model"),
+        (predicted - pronounced, "the language model's words, for which the lexicon has no pronunciation"),
+        (pronounced - predicted, "the lexicon's words, which the language model lacks"),
     ):
         if lacking:
             some = ", ".join(sorted(lacking)[:5])
-            warnings.warn(f"{len(lacking)} words {what} and are left out: {some}", stacklevel=3)
+            warnings.warn(f"left out: {len(lacking)} of {what}: {some}", stacklevel=3)
     if not pronounced & predicted:
         raise ValueError(
             "no word is both in the lexicon and in the language model: nothing can be recognised"

@@ -127,7 +127,7 @@ class LanguageModel:
         path = Path(path)
         try:
             data = path.read_bytes()
-            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
             if path.name.endswith((".arpa", ".arpa.gz")):
                 return cls.from_arpa(text)
             if path.name == "words.txt":

@@ -147,7 +147,7 @@ def _write_lexicon(folder: Path, sentences: Sentences, settings: Corpus, pool: P
     # Every accent says nearly as many words; with a large vocabulary that takes hours, before anything is recorded.
     num_words = sum(len(text.split()) for text in sentences.draw_carriers(ACCENTS[0]))
     seconds = 60 * num_words / CARRIER_RATE
-    with hours_bar(len(ACCENTS) * seconds, "lexicon") as bar:
+    with hours_bar(len(ACCENTS) * seconds, "speech for the lexicon") as bar:
         tasks = ((count_accent, accent, sentences, stress) for accent in ACCENTS)
         for accent, missing in pool.map(tasks):
             counts.update(accent)

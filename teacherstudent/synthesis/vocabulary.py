@@ -93,7 +93,7 @@ def read_vocabulary(path: Path, count: int) -> Vocabulary:
     Raises ValueError naming the file and the line that is wrong.
     """
     try:
-        lines = split_lines(path.read_text(encoding="utf-8"))
+        lines = split_lines(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(
             f"corpus.text = {str(path)!r}: it must be 'grammar', 'pseudo-words' or the path of a word list, and there "

@@ -38,9 +38,23 @@ METHODS: dict[str, Method] = {
 def make_optimizer(
     parameters: Iterable[torch.nn.Parameter], comm: Communicator, settings: Optimisation
 ) -> DistributedOptimizer:
-    """SGD with momentum, its steps shared by the configured method."""
+    """SGD with momentum, its steps shared by the configured method.
+
+    What a method warns of when there is one worker is said in the configuration's words.
+    """
     inner = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.momentum)
-    return METHODS[settings.method](inner, comm, settings)
+    make = METHODS[settings.method]
+    if comm.size > 1:
+        return make(inner, comm, settings)
+    with warnings.catch_warnings(record=True) as caught:
+        optimizer = make(inner, comm, settings)
+    for warning in caught:
+        warnings.warn(
+            f"optimisation.method = {settings.method!r}: {warning.message}. 'exact' is for one worker; "
+            "distributed.workers, or a launcher, gives more",
+            stacklevel=2,
+        )
+    return optimizer
 
 
 def run_workers(

@@ -48,7 +48,7 @@ def read_phone_table(path: Path) -> dict[str, int]:
     """Kaldi's ids by name, silence first, then ascending. Raises ValueError naming file and line."""
     table: dict[str, int] = {}
     try:
-        lines = split_lines(path.read_text(encoding="utf-8"))
+        lines = split_lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     for number, line in enumerate(lines, 1):

@@ -95,7 +95,7 @@ def read_questions(path: Path, phones: Sequence[str]) -> list[Question]:
     Raises ValueError naming the file and the line for a name that is no phone, and for phones in no set.
     """
     try:
-        lines = split_lines(path.read_text(encoding="utf-8"))
+        lines = split_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"senones.questions = {str(path)!r} cannot be read ({error}): a text file is needed, a set of phones a line"
