@@ -166,13 +166,16 @@ def measure(comm: Communicator, repeats: Mapping[str, int]) -> Iterator[dict[str
         settling = SETTLING_STEPS if name.startswith("GTC") else int(num_steps > 1)
         for _ in range(settling):
             method.take_step(next(gradients))
-        steps, sent, wire = [], [], []
+        steps, wire = [], []
+        comm.barrier()
+        before = bytes_transmitted()
         for _ in range(num_steps):
             ready = next(gradients)
             comm.barrier()
-            before = bytes_transmitted()
             steps.append(method.take_step(ready))
-            sent.append(bytes_transmitted() - before)
+        for _ in range(2):  # behind the second one, what was sent before the first has left the queue
+            comm.barrier()
+        sent = (bytes_transmitted() - before) / num_steps
         for _ in range(num_steps):
             comm.barrier()
             start = time.perf_counter()
@@ -216,12 +219,12 @@ def make_method(name: str, model: nn.Module, comm: Communicator) -> OurOptimizer
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds are medians over steps, of the slowest worker in each; bytes and density are means over steps."""
+    """Seconds are medians over steps, of the slowest worker in each; bytes are means over steps and workers."""
 
     step_seconds: float
     wire_seconds: float
     cpu_seconds: float
-    sent_bytes: float  # of one worker over its interface, headers included
+    sent_bytes: float  # of one worker over its interface, headers and a barrier included
     payload_bytes: float | None
     density: float | None
 
@@ -232,14 +235,14 @@ class Row:
 
 def summarise(results: list[dict[str, Any]]) -> Row:
     steps = list(zip(*(result["steps"] for result in results)))  # of each step, (wall, cpu) of each worker
-    first = results[0]
+    payloads = [result["payload"] for result in results if "payload" in result]
     return Row(
         step_seconds=statistics.median(max(wall for wall, _ in step) for step in steps),
         wire_seconds=statistics.median(map(max, zip(*(result["wire"] for result in results)))),
         cpu_seconds=statistics.median(max(cpu for _, cpu in step) for step in steps),
-        sent_bytes=statistics.mean(sent for result in results for sent in result["sent"]),
-        payload_bytes=first.get("payload"),
-        density=first.get("density"),
+        sent_bytes=statistics.mean(result["sent"] for result in results),
+        payload_bytes=statistics.mean(payloads) if payloads else None,
+        density=results[0].get("density"),
     )
 
 

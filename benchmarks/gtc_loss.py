@@ -96,18 +96,16 @@ def train(
     momentum = 0.0 if "momentum" in options else MOMENTUM  # in GTC, or in what it wraps
     inner = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     take_step = make_stepper(method, options, model, inner, comm)
-    num_bytes, seconds = 0, 0.0
+    first_bytes, seconds = bytes_transmitted(), 0.0
     for step in range(num_steps + 1):
         if step == num_steps or (part == TEST and is_shown(step, num_steps)):
             loss = held_out_loss(model, task.held_out[part]) if comm.rank == 0 else math.nan
-            yield step, num_bytes, seconds, loss
+            yield step, bytes_transmitted() - first_bytes, seconds, loss
         if step < num_steps:
             inner.param_groups[0]["lr"] = rate * min(1, (step + 1) / WARMUP_STEPS)
             batch = task.batch(seed, step, comm.rank)
-            comm.barrier()
-            sent, start = bytes_transmitted(), time.perf_counter()
+            start = time.perf_counter()
             take_step(batch)
-            num_bytes += bytes_transmitted() - sent
             seconds += time.perf_counter() - start
 
 
