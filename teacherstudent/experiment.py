@@ -51,7 +51,12 @@ class Experiment:
         if saved.is_file():
             there = flatten(tomllib.loads(saved.read_text(encoding="utf-8")))
             here = flatten(tomllib.loads(to_toml(self.config)))
-            differing = [key for key in sorted(there | here) if there.get(key) != here.get(key)]
+            first = flatten(
+                tomllib.loads(to_toml(Config()))
+            )  # a setting that did not exist then has its default
+            differing = [
+                key for key in sorted(there | here) if there.get(key, first.get(key)) != here.get(key)
+            ]
             records = [path.stem for path in sorted(self.path("steps").glob("*.json"))]
             if stale := [step for step in records if any(_reads(step, key) for key in differing)]:
                 rows = [f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differing]

@@ -132,6 +132,16 @@ def test_every_section_of_a_configuration_blocks_the_last_step(tmp_path: Path) -
         (tmp_path / "exp" / "config.toml").write_text(text)
 
 
+def test_a_folder_from_before_a_setting_existed_opens_with_its_default_alone(tmp_path: Path) -> None:
+    run(make(tmp_path / "exp"), "evaluate")
+    path = tmp_path / "exp" / "config.toml"
+    path.write_text(re.sub(r"^beam = .*\n", "", path.read_text(), flags=re.MULTILINE))
+    make(tmp_path / "exp")
+    path.write_text(re.sub(r"^beam = .*\n", "", path.read_text(), flags=re.MULTILINE))
+    with pytest.raises(ValueError, match=r"decode.beam: None there, 3"):
+        make(tmp_path / "exp", decode=Decode(beam=3))
+
+
 def test_a_foreign_folder_is_refused_unless_it_is_empty_or_holds_logs_alone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     make(tmp_path / "empty")
