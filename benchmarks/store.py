@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from lhotse.features.io import NumpyHdf5Reader, NumpyHdf5Writer
@@ -20,6 +21,7 @@ from teacherstudent.posteriors import TopK, renormalise, top_k
 from teacherstudent.store import TargetStore, TargetWriter
 from teacherstudent.targets.codings import CODINGS
 from teacherstudent.targets.store_commands import estimate
+from teacherstudent.targets.target_shard import iter_batches
 from teacherstudent.training import checkpoint
 from teacherstudent.training.models import model_from_state
 
@@ -28,6 +30,7 @@ NUM_SENONES, NUM_ROOTS, NUM_INPUTS = 3183, 80, 40
 TRAINING_STEPS, UTTERANCES = 400, 500
 SHARD_UTTERANCES = 100
 ROUNDS = 5
+READ_BLOCKS = 16  # at a time, as the store does
 SHARDS_IN_MEMORY_TEST = 40
 
 Outputs = dict[str, TopK]
@@ -188,6 +191,31 @@ def compare_reading(ours: dict[str, TargetStore], lhotse: NumpyHdf5Reader, outpu
             print(f"read {what:9} {name:20} {speed / 1e6:6.2f} M frames a second, {ratio:5.1f} of lhotse's")
 
 
+def measure_steps(folder: Path, num_frames: int) -> None:
+    """Where the time of reading a compact store in order goes: each step does what those before it do, and more."""
+    store, shards = TargetStore(folder), open_shards(folder, "targets")
+    records = [h5py.File(shard.path, rdcc_nbytes=0)["arrays/records"] for shard in shards]
+    rows = READ_BLOCKS * CODINGS["compact"].block_rows
+    steps = {
+        "HDF5": lambda number: (
+            records[number][start : start + rows] for start in range(0, len(records[number]), rows)
+        ),
+        "+ checksums": lambda number: shards[number].iter_batches(READ_BLOCKS),
+        "+ decoding": lambda number: iter_batches(shards[number]),
+        "+ utterances": store.iter_shard,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS + 1):
+        for name, step in steps.items():
+            start = time.process_time()
+            for number in range(len(shards)):
+                for _ in step(number):
+                    pass
+            seconds[name].append(time.process_time() - start)
+    parts = (f"{name} {np.median(times[1:]) / num_frames * 1e9:.0f}" for name, times in seconds.items())
+    print(f"read in order, processor time, ns a frame: {', '.join(parts)}")
+
+
 def measure_memory(folder: Path, outputs: Outputs) -> None:
     """Peak memory of a process that reads at random and in order, at 1 and 100 times as many shards."""
     (first, best), *_ = outputs.items()
@@ -257,6 +285,7 @@ def measure_store(folder: Path, outputs: Outputs, num_senones: int) -> None:
         )
     write_lhotse(folder / "lhotse.h5", outputs)
     print(f"lhotse   {(folder / 'lhotse.h5').stat().st_size / num_frames:6.2f} bytes a frame")
+    measure_steps(folder / "compact", num_frames)
     compare_reading(stores, NumpyHdf5Reader(str(folder / "lhotse.h5")), outputs)
 
 

@@ -17,18 +17,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from teacherstudent.data.features import FRAME_RULE, FRAME_SHIFT_SECONDS
-from teacherstudent.data.packed import Arrays, PackedShard, PackedWriter, hash_line, hash_path, shard_number
-from teacherstudent.files import hash_file
+from teacherstudent.data.packed import PackedShard, PackedWriter, shard_number
 from teacherstudent.posteriors import TopK, top_k
 from teacherstudent.targets.catalogue import build_catalogue, find_shards
 from teacherstudent.targets.codings import CODINGS
 from teacherstudent.targets.shard_folder import CACHE_BYTES, ShardFolder
 from teacherstudent.targets.target_codec import Decoded
+from teacherstudent.targets.target_shard import (
+    STORE_VERSION,
+    Sibling,
+    check_header,
+    decode_utterance,
+    find_damages,
+    iter_batches,
+    iter_decoded,
+    sibling_of,
+)
 
-STORE_VERSION = 2
 STEM = "targets"
 _OPEN_SHARDS = 32  # files, and lists of ids, held at a time
-_BATCH_BLOCKS = 8  # decoded at a time: what comes of them fits in a processor's cache
 _KEPT = (1, 5, 10, 20)  # `info` says how much probability so many senones keep
 
 Targets = tuple[NDArray[np.int32], NDArray[np.float32]]
@@ -130,7 +137,9 @@ class TargetStore:
         self._shards = ShardFolder(folder, STEM, cache_folder, cache_bytes)
         self._open: OrderedDict[int, PackedShard] = OrderedDict()
         self._catalogue: Path | None = None
-        self.header = {name: value for name, value in self._shard(0).header.items() if name != "shard"}
+        self._first: Sibling | None = None
+        self._first = sibling_of(self._shard(0))
+        self.header = self._first.header
 
     def __reduce__(self) -> tuple[type["TargetStore"], tuple[Any, ...]]:
         return type(self), (self.folder, self.expect, *self._cache)
@@ -160,30 +169,17 @@ class TargetStore:
 
     def decode(self, number: int, utterance_id: str) -> Decoded:
         """All that is stored of an utterance of a shard."""
-        shard = self._shard(number)
-        arrays = shard[utterance_id]
-        offsets = np.array([0, len(next(iter(arrays.values())))], np.int64)
-        try:
-            return self._decode(arrays, offsets)[0]
-        except ValueError as error:
-            where = f"{shard.path}: utterance {utterance_id!r}"
-            raise ValueError(f"{where} is damaged: {error}. Write the shard again") from None
+        return decode_utterance(self._shard(number), utterance_id)
 
     def iter_shard(self, number: int) -> Iterator[tuple[str, NDArray[np.int32], NDArray[np.float32]]]:
         """Utterance id, ids (T, K) and log-posteriors (T, K) of each utterance of a shard, in order."""
-        for utterance_id, decoded in self.iter_decoded(number):
-            yield utterance_id, decoded.ids, decoded.log_posteriors
+        for names, decoded, frames in iter_batches(self._shard(number)):
+            for name, start, stop in zip(names, frames, frames[1:]):
+                yield name, decoded.ids[start:stop], decoded.log_posteriors[start:stop]
 
     def iter_decoded(self, number: int) -> Iterator[tuple[str, Decoded]]:
         """All that is stored of each utterance of a shard, in order."""
-        for names, offsets, arrays in self._shard(number).iter_batches(_BATCH_BLOCKS):
-            try:
-                decoded, frames = self._decode(arrays, offsets)
-            except ValueError:  # which one?
-                yield from ((name, self.decode(number, name)) for name in names)
-                continue
-            for name, start, stop in zip(names, frames[:-1].tolist(), frames[1:].tolist()):
-                yield name, decoded.frames(start, stop)
+        return iter_decoded(self._shard(number))
 
     def find(self, utterance_id: str) -> int:
         """The shard that has an utterance; KeyError if there is none."""
@@ -197,36 +193,9 @@ class TargetStore:
 
     def verify(self) -> None:
         """Read every byte; raises one ValueError that lists every damage by shard and utterances."""
-        damages = [f"{self.folder}: {name} is there, its shard is not" for name in self._shards.orphans()]
-        for number in range(self.num_shards):
-            damages += self._damages(number)
-        if damages:
-            raise ValueError("\n".join(damages))
-
-    def _damages(self, number: int) -> list[str]:
-        self._close(number)
-        found: list[str] = []
-        try:
-            shard = self._shard(number)
-            shard.verify()
-            for _ in self.iter_decoded(number):
-                pass
-        except ValueError as error:
-            found += str(error).splitlines()
-        finally:
-            self._close(number)
-        path = self._shards.open(number).path
-        try:
-            line = hash_path(path).read_text(encoding="utf-8")
-            if line != hash_line(path, hash_file(path)):
-                found.append(
-                    f"{path}: its SHA-256 is not the one in {hash_path(path).name}. Write the shard again"
-                )
-        except (OSError, UnicodeDecodeError) as error:
-            found.append(
-                f"{path}: cannot be compared with {hash_path(path).name}: {error}. Write the shard again"
-            )
-        return found
+        while self._open:  # else HDF5 would go on with what it knows of an open file
+            self._open.popitem()[1].close()
+        _raise_damages(find_damages(self._shards, self.expect))
 
     def _candidates(self, utterance_id: str) -> list[int]:
         """Shards that may have an utterance: few shards are all asked, for many there is a catalogue."""
@@ -239,54 +208,16 @@ class TargetStore:
             build_catalogue(self._catalogue, map(self._shards.ids, range(self.num_shards)))
         return find_shards(self._catalogue, utterance_id)
 
-    def _decode(self, arrays: Arrays, offsets: NDArray[np.int64]) -> tuple[Decoded, NDArray[np.int64]]:
-        coding = CODINGS[self.header["coding"]["name"]]
-        return coding.decode(arrays, offsets, self.header["k"], self.header["num_senones"])
-
-    def _close(self, number: int) -> None:
-        if number in self._open:
-            self._open.pop(number).close()
-
     def _shard(self, number: int) -> PackedShard:
         """Shard `number`, checked when opened; beyond the limit the least recently used one is closed."""
         if number not in self._open:
             shard = self._shards.open(number)
-            self._check(shard, number)
+            check_header(shard, number, self.expect, self._first)
             self._open[number] = shard
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(number)
         return self._open[number]
-
-    def _check(self, shard: PackedShard, number: int) -> None:
-        header = shard.header
-        if header.get("store_version") != STORE_VERSION:
-            got = f"store version {header.get('store_version')!r}"
-            raise ValueError(
-                f"{shard.path}: got {got}, this reader knows version {STORE_VERSION}. Label again"
-            )
-        if header["shard"] != number:
-            raise ValueError(f"{shard.path} was written as shard {header['shard']}: has it been renamed?")
-        known = header["provenance"] | {"num_senones": header["num_senones"], "k": header["k"]}
-        for name, needed in self.expect.items():
-            if known.get(name) != needed:
-                got = f"got {name} = {known.get(name)!r}, need {needed!r}"
-                raise ValueError(f"{shard.path} belongs to something else: {got}. Label again")
-        if header["coding"]["name"] not in CODINGS:
-            got = f"coding {header['coding']['name']!r}"
-            raise ValueError(f"{shard.path}: got {got}, this reader knows {', '.join(CODINGS)}")
-        if hasattr(self, "header"):
-            self._compare(shard)
-
-    def _compare(self, shard: PackedShard) -> None:
-        """With shard 0, as it was when the store was opened."""
-        for name, needed in self.header.items():
-            got = shard.header.get(name)
-            if got != needed:
-                raise ValueError(
-                    f"{shard.path}: {name} is {got!r}, need {needed!r} as in {self.shard_name(0)}. "
-                    "Shards of two stores are mixed in this folder: label again"
-                )
 
     def info(self, num_shards: int | None = None) -> "StoreInfo":
         """Sizes and means of the first shards, by default of all; reads every frame of them."""
@@ -313,6 +244,16 @@ class TargetStore:
             kept=dict(zip(counts, (kept / frames).tolist(), strict=True)),
             entropy_nats=dict(zip(counts, (entropy / frames).tolist(), strict=True)),
         )
+
+
+def verify(folder: Path | str, expect: Mapping[str, Any] | None = None) -> None:
+    """As TargetStore(folder, expect).verify(), of a store that may be too damaged to be opened, too."""
+    _raise_damages(find_damages(ShardFolder(folder, STEM), expect or {}))
+
+
+def _raise_damages(damages: list[str]) -> None:
+    if damages:
+        raise ValueError("\n".join(damages))
 
 
 @dataclass(frozen=True)

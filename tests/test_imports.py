@@ -13,7 +13,7 @@ LAYERS = [
     "processes pipeline claims target_codec store_arguments spelling scoring error_tables results_table "
     "openfst lattice word_times vocabulary wheels partial_files",
     "conditions extraction feature_reader data_folders prefetch checkpoint packed_index packed manifests "
-    "inference shard_folder catalogue codings store_export experiment dataset store batches training_log "
+    "inference shard_folder target_shard catalogue codings store_export experiment dataset store batches training_log "
     "kaldi_tree alignment_index kaldi_alignments ctm textgrid kaldi_inventory training_graphs graph",
     "espeak pronunciation recording corpus sources feature_shards prepare flat_start_shards flat_start "
     "align_sources align tie workers train trainings label decode graph_sources sclite speed evaluate "

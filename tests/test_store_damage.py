@@ -5,11 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
-from teacherstudent.data.packed import PackedWriter, hash_path, shard_path
+from teacherstudent import store
+from teacherstudent.data.packed import PackedWriter, hash_path, shard_number, shard_path
 from teacherstudent.store import TargetStore, TargetWriter
 from teacherstudent.targets.codings import CODINGS
 
@@ -33,23 +35,23 @@ def write_store(folder, coding, provenance=PROVENANCE, num_senones=NUM_SENONES, 
 def read(folder):
     """Header and everything by id and in order, or what was raised, shard by shard."""
     try:
-        store = TargetStore(folder, expect=PROVENANCE | {"num_senones": NUM_SENONES})
+        opened = TargetStore(folder, expect=PROVENANCE | {"num_senones": NUM_SENONES})
     except ValueError as error:
         return None, {}, [str(error)]
     found, errors = {}, []
-    for number in range(store.num_shards):
+    for number in range(opened.num_shards):
         try:
-            for utterance_id, decoded in store.iter_decoded(number):
+            for utterance_id, decoded in opened.iter_decoded(number):
                 found[number, utterance_id] = decoded
         except ValueError as error:
             errors.append(str(error))
     for number, lengths in enumerate(LENGTHS):
         utterance_id = f"s{number}-u{len(lengths) - 1}"
         try:
-            found[number, utterance_id + " by id"] = store.decode(store.find(utterance_id), utterance_id)
+            found[number, utterance_id + " by id"] = opened.decode(opened.find(utterance_id), utterance_id)
         except (ValueError, KeyError) as error:
             errors.append(str(error))
-    return store.header, found, errors
+    return opened.header, found, errors
 
 
 def assert_true(found, truth):
@@ -62,9 +64,10 @@ def assert_true(found, truth):
 def verify(folder):
     """What is reported; nothing if the store is said to be whole."""
     try:
-        TargetStore(folder, expect=PROVENANCE | {"num_senones": NUM_SENONES}).verify()
+        store.verify(folder, expect=PROVENANCE | {"num_senones": NUM_SENONES})
     except ValueError as error:
         return str(error)
+    TargetStore(folder).verify()
     return ""
 
 
@@ -193,11 +196,34 @@ def test_a_damaged_block_is_reported_with_its_utterances_and_the_rest_still_read
     assert "targets.000000.h5: utterances 's0-u0' … 's0-u2': block 0 of 'records' is damaged" in verify(
         tmp_path
     )
-    store = TargetStore(tmp_path)
+    damaged = TargetStore(tmp_path)
     with pytest.raises(ValueError, match="'s0-u0' … 's0-u2'"):
-        store["s0-u1"]
+        damaged["s0-u1"]
     for utterance_id in ("s1-u0", "s1-u1"):
-        np.testing.assert_array_equal(store[utterance_id][0], truth[int(utterance_id[1]), utterance_id].ids)
+        np.testing.assert_array_equal(damaged[utterance_id][0], truth[int(utterance_id[1]), utterance_id].ids)
+
+
+# None: HDF5's own bytes
+@pytest.mark.parametrize("name", [None, "header", "seal", "ids", "num_frames", "checksums/records"])
+def test_the_first_shard_may_be_too_damaged_to_open_the_store_and_all_damage_is_listed(tmp_path, name):
+    """Also of other shards, which are compared with the first one that can be read."""
+    write_store(tmp_path, "compact")
+    paths = [shard_path(tmp_path, "targets", number) for number in range(3)]
+    with TargetWriter(paths[2], NUM_SENONES, KEPT, PROVENANCE | {"features": "of another"}) as writer:
+        writer.write("s2-u0", torch.zeros(3, NUM_SENONES))
+    with h5py.File(paths[0]) as first, h5py.File(paths[1]) as second:
+        place = first[name].id.get_offset() if name else 0
+        block = second["arrays/records"].id.get_chunk_info(0).byte_offset
+    for path, byte in ((paths[0], place), (paths[1], block)):
+        data = bytearray(path.read_bytes())
+        data[byte] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"targets\.000000\.h5"):
+        TargetStore(tmp_path)
+    reported = verify(tmp_path).splitlines()
+    assert [shard_number(line.split(": ")[0].split()[0]) for line in reported] == [0, 0, 1, 1, 2]
+    assert "block 0 of 'records' is damaged" in reported[2]
+    assert "provenance is" in reported[4] and "as in targets.000001.h5" in reported[4]
 
 
 def test_a_store_of_version_1_is_refused_with_what_to_do(tmp_path):

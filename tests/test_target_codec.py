@@ -185,6 +185,23 @@ def test_bytes_that_are_no_record_are_refused_or_read_as_some_possible_targets(d
         np.testing.assert_allclose(np.exp(got.log_posteriors).sum(axis=1), 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("parameter", [0, 1, 2, 3])
+def test_long_steps_and_escapes_come_back_wherever_in_a_word_they_lie(parameter):
+    """In most frames steps are short, so that the parameter is low; in some, as long as it allows, and one longer."""
+    draw = np.random.default_rng(parameter)
+    num_frames, num_senones, k = 800, 32, 12
+    usual, longest = (1 << parameter) - 1, (10 << parameter) - 1
+    steps = np.full((num_frames, k - 1), usual)
+    steps[::8] = draw.choice([usual, longest, longest + 1], (num_frames // 8, k - 1), p=[0.1, 0.85, 0.05])
+    steps[np.arange(0, num_frames, 8), draw.integers(0, k - 1, num_frames // 8)] = 1100
+    levels = np.concatenate([np.zeros((num_frames, 1), int), steps.cumsum(axis=1)], axis=1)
+    ids = np.sort(draw.permuted(np.tile(np.arange(num_senones), (num_frames, 1)), axis=1)[:, :k], axis=1)
+    values, dropped = (-levels / LEVELS_PER_NAT).astype(np.float32), np.zeros(num_frames, np.float32)
+    record = encode(ids, values, dropped, num_senones)
+    assert record.tobytes() == oracle_encode(ids, values, dropped, num_senones)
+    check(decode(record, k, num_senones), ids, values, dropped)
+
+
 def test_many_records_end_to_end_decode_as_each_alone():
     pieces = [make(num_frames, 300, 20, seed=num_frames) for num_frames in (9, 0, 1, 40)]
     records = [encode(*piece, 300) for piece in pieces]

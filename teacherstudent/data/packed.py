@@ -23,7 +23,9 @@ import h5py
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from teacherstudent.data.packed_index import Index, Layout, block_checksums, naming, read_index, write_index
+from teacherstudent.data.packed_index import (
+    Index, Layout, block_checksums, naming, read_index, remedy, write_index, writer_of,
+)  # fmt: skip
 from teacherstudent.data.partial_files import lock, remove_abandoned
 from teacherstudent.files import hash_file, write_text
 
@@ -64,12 +66,13 @@ def count_shards(names: Iterable[str], folder: Path | str, stem: str) -> int:
     """
     numbers = (shard_number(name) for name in names if name.startswith(f"{stem}."))
     found = {number for number in numbers if number is not None}
+    inside = Path(folder, stem)
+    if not found and inside.is_dir():
+        raise ValueError(f"{folder} holds no {stem}.*.h5; did you mean {inside}?")
     missing = sorted(set(range(max(found, default=0) + 1)) - found)
     if missing:
         what = f"shard {shard_path(folder, stem, missing[0]).name} is missing ({len(missing)} missing in all)"
-        raise ValueError(
-            f"{folder}: {what}. Run the step that writes {stem!r} again: it makes what is missing"
-        )
+        raise ValueError(f"{folder}: {what}. Run {writer_of(stem)} again: it makes what is missing")
     return len(found)
 
 
@@ -342,7 +345,7 @@ class PackedShard:
                 self._fetch(self.path)
             with suppress(FileNotFoundError), naming(self.path):
                 return h5py.File(self.path, "r", rdcc_nbytes=0)  # whole blocks are read: no use keeping them
-        raise ValueError(f"{self.path}: no such shard. Run the step that writes it")
+        raise ValueError(f"{self.path}: no such shard. Run {writer_of(self.path.name)}")
 
     def _close_the_oldest(self) -> None:
         """Of this thread's shards, where there are too many; it is opened again when it is used again.
@@ -382,10 +385,11 @@ class PackedShard:
             values: NDArray[Any] = self._dataset(name)[start:stop]
         got = block_checksums(values, index.block_frames)
         first = start // index.block_frames
-        for block, checksum in enumerate(got, first):
-            if checksum != index.checksums[name][block]:
+        needed = index.checksums[name][first : first + len(got)].tolist()
+        for block, (checksum, right) in enumerate(zip(got, needed, strict=True), first):
+            if checksum != right:
                 where = f"{self.path}: {index.describe_block(block)}"
-                raise ValueError(f"{where}: block {block} of {name!r} is damaged: write the shard again")
+                raise ValueError(f"{where}: block {block} of {name!r} is damaged. {remedy(self.path)}")
         return values
 
 

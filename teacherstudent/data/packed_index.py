@@ -114,8 +114,21 @@ def read_index(file: h5py.File, path: Path) -> Index:
 
 def block_checksums(values: NDArray[Any], block_frames: int) -> list[int]:
     """The CRC-32 of each block of frames; `values` begins with a block."""
-    starts = range(0, len(values), block_frames)
-    return [zlib.crc32(values[start : start + block_frames].data) for start in starts]
+    data = values.data
+    return [zlib.crc32(data[start : start + block_frames]) for start in range(0, len(values), block_frames)]
+
+
+_WRITERS = {"features": "prepare", "phones": "align", "labels": "senones", "targets": "label"}
+
+
+def writer_of(name: str) -> str:
+    """The command that writes shards of this name."""
+    step = _WRITERS.get(name.split(".")[0])
+    return f"`teacherstudent {step} CONF`" if step else "the step that writes it"
+
+
+def remedy(path: Path) -> str:
+    return f"Delete the file and run {writer_of(path.name)}: it makes what is missing"
 
 
 @contextmanager
@@ -126,7 +139,7 @@ def naming(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or not a shard: {error}. Write the shard again") from error
+        raise ValueError(f"{path} is damaged, or not a shard: {error}. {remedy(path)}") from error
 
 
 def _read_header(file: h5py.File, path: Path) -> tuple[dict[str, Any], bytes, NDArray[Any]]:
@@ -160,7 +173,7 @@ def _check_dataset(file: h5py.File, path: Path, name: str, layout: Layout, size:
 
 def _need(path: Path, name: str, right: bool, what: str) -> None:
     if not right:
-        raise ValueError(f"{path}: {name!r} is damaged: {what}. Write the shard again")
+        raise ValueError(f"{path}: {name!r} is damaged: {what}. {remedy(path)}")
 
 
 def _seal(

@@ -11,7 +11,7 @@ from teacherstudent.data.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
 from teacherstudent.data.manifests import UNLABELLED
 from teacherstudent.data.packed import PackedShard, shard_path
 from teacherstudent.reporting.report_data import senone_phones
-from teacherstudent.store import TargetStore
+from teacherstudent.store import TargetStore, verify
 from teacherstudent.targets.store_export import export_kaldi, export_shar
 from teacherstudent.targets.store_figures import draw_targets
 from teacherstudent.tying.senones import Inventory
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
     if options.verb == "info":
         print(describe(options.folder))
     elif options.verb == "verify":
-        TargetStore(options.folder).verify()
+        verify(options.folder)
         print(f"{options.folder}: every byte is as it was written")
     elif options.verb == "estimate":
         print(describe_estimate(options.hours, options.k, options.senones))

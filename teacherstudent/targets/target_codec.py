@@ -29,7 +29,9 @@ _PARAMETER_BITS = 4
 _MAX_PARAMETER = 10
 _ESCAPE_ZEROS = 10  # so many zeros, and the step follows as it is
 _LEVEL_BITS = 11
-_STEP_BITS = _ESCAPE_ZEROS + _LEVEL_BITS  # no step takes more: three of them fit in a word
+_STEP_BITS = _ESCAPE_ZEROS + _LEVEL_BITS  # no step takes more
+_PEEKED_BYTES = 8
+_PEEKED_BITS = 57  # of theirs: the first one may be anywhere in its byte
 
 # by level: log-posterior and posterior, relative to the highest
 _NATS = (-np.arange(IMPOSSIBLE + 1) / LEVELS_PER_NAT).astype(np.float32)
@@ -99,14 +101,14 @@ def decode(
     total = int(frames[-1])
     id_bits, rank_bits = _bits(num_senones), _bits(k)
     # the kernel looks where it is after each frame: one more than there is must not lead beyond the end
-    spare = k * (_PARAMETER_BITS + 1 + max(id_bits, rank_bits) + _STEP_BITS) // 64 + 3
-    words = np.zeros(len(records) // 8 + spare, "<u8")
-    words.view(np.uint8)[: len(records)] = records
+    widest = max(id_bits, rank_bits, _ESCAPE_ZEROS + 2**_PARAMETER_BITS) + _PARAMETER_BITS
+    spare = -(-k * widest // 8) + _PEEKED_BYTES
+    data = np.concatenate([records, np.zeros(spare, np.uint8)])
     decoded = Decoded(
         np.empty((total, k), np.int32), np.empty((total, k), np.float32), np.empty(total, np.float32)
     )
-    tables = (_NATS, _RELATIVE, _DROPPED)
-    wrong = _decode(words, records, offsets, frames, id_bits, rank_bits, num_senones, tables, decoded)
+    sizes = (id_bits, rank_bits, num_senones)
+    wrong = _decode(data, offsets, frames, sizes, (_NATS, _RELATIVE), _DROPPED, *decoded)
     if wrong >= 0:
         num_frames, num_bytes = frames[wrong + 1] - frames[wrong], offsets[wrong + 1] - offsets[wrong]
         raise ValueError(f"its {num_bytes} bytes are not {num_frames} frames of {k} of {num_senones} senones")
@@ -142,12 +144,23 @@ def _count_zeros(typing_context: Any, word: Any) -> Any:
     return numba.uint64(numba.uint64), generate
 
 
+@intrinsic
+def _load(typing_context: Any, data: Any, place: Any) -> Any:
+    """The uint64 of the 8 bytes from a place in uint8 data on, the lowest first."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        pointer = builder.gep(array.data, [arguments[1]])
+        return builder.load(builder.bitcast(pointer, ir.IntType(64).as_pointer()), align=1)
+
+    return numba.uint64(data, numba.uint64), generate
+
+
 @_compiled
-def _peek(words, position):  # type: ignore[no-untyped-def]
-    """The 64 bits from a position on."""
-    word, shift = position >> np.uint64(6), position & np.uint64(63)
-    high = (words[word + np.uint64(1)] << np.uint64(1)) << (np.uint64(63) - shift)
-    return words[word] >> shift | high
+def _peek(data, position):  # type: ignore[no-untyped-def]
+    """At least 57 bits from a position on."""
+    word: Any = _load(data, position >> np.uint64(3))  # type: ignore[call-arg]
+    return word >> (position & np.uint64(7))
 
 
 @_compiled
@@ -243,9 +256,8 @@ def _read_size(records, place):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _decode(words, records, offsets, frames, id_bits, rank_bits, num_senones, tables, decoded):  # type: ignore[no-untyped-def]
-    """Fills what is decoded; returns the first record that is none, or -1."""
-    ids, log_posteriors, dropped = decoded
+def _decode(data, offsets, frames, sizes, tables, dropped_of, ids, log_posteriors, dropped):  # type: ignore[no-untyped-def]
+    """Fills ids, log_posteriors and dropped; returns the first record that is none, or -1."""
     k = ids.shape[1]
     for number in range(len(frames) - 1):
         start, stop = offsets[number], offsets[number + 1]
@@ -254,84 +266,99 @@ def _decode(words, records, offsets, frames, id_bits, rank_bits, num_senones, ta
         codes = start + _HEAD_BYTES
         flags = codes + count
         names = flags + (max(count - 1, 0) * k + 7) // 8
-        steps = names + _read_size(records, start + _NUM_FRAMES_BYTES)
+        steps = names + _read_size(data, start + _NUM_FRAMES_BYTES)
         if steps > stop:
             return number
         for frame in range(count):
-            dropped[first + frame] = tables[2][records[codes + frame]]
+            dropped[first + frame] = dropped_of[data[codes + frame]]
         places = (8 * flags, 8 * names, 8 * steps, 8 * stop)
-        bits = (id_bits, rank_bits, num_senones)
-        if not _decode_frames(words, places, bits, tables, ids[first:last], log_posteriors[first:last]):
+        rows = ids[first:last], log_posteriors[first:last]
+        if not _decode_frames(data, places, sizes, tables, *rows):
             return number
     return -1
 
 
 @_compiled
-def _decode_frames(words, places, bits, tables, ids, log_posteriors):  # type: ignore[no-untyped-def]
+def _decode_frames(data, places, sizes, tables, ids, log_posteriors):  # type: ignore[no-untyped-def]
     """One record's; False if it is none. Three streams are read at once: a processor works on them side by side."""
-    nats, relative, _ = tables
-    num_frames, k = ids.shape
-    zero, one, all_flags = np.uint64(0), np.uint64(1), np.uint64(63)
-    id_width, rank_width, num_senones = np.uint64(bits[0]), np.uint64(bits[1]), np.uint64(bits[2])
-    id_mask, rank_mask = (one << id_width) - one, (one << rank_width) - one
+    nats, relative = tables
+    k, totals = np.uint64(ids.shape[1]), np.empty(len(ids), np.float32)
+    zero, one, lowest = np.uint64(0), np.uint64(1), np.uint64(IMPOSSIBLE)
+    id_width, rank_width, escape = np.uint64(sizes[0]), np.uint64(sizes[1]), np.uint64(_ESCAPE_ZEROS)
+    rank_mask, saved, escape_mask = (one << rank_width) - one, id_width - rank_width, (one << escape) - one
     flag_place, id_place, step_place = np.uint64(places[0]), np.uint64(places[1]), np.uint64(places[2])
-    id_end, step_end, lowest = np.uint64(places[2]), np.uint64(places[3]), np.uint64(IMPOSSIBLE)
-    parameters, step_place = _read_parameters(words, step_place, k)
-    before = np.zeros(
-        rank_mask + one, np.uint64
-    )  # the senones of the last frame; a place beyond them names 0
-    for frame in range(num_frames):
-        row_ids, row = ids[frame], log_posteriors[frame]
-        highest, level, total = zero, zero, 0.0
-        flags, window, left = zero, zero, 0
+    id_end, step_end = np.uint64(places[2]), np.uint64(places[3])
+    widths, step_place = _read_widths(data, step_place, k)
+    widest = max(id_width, rank_width, escape - one + widths.max())
+    ranks_per_peek = np.uint64(_PEEKED_BITS) // widest
+    # the senones of the frame before and of this one, in turns; a place beyond them names 0
+    senones, before, here = np.zeros(np.uint64(2) << rank_width, np.int32), zero, one << rank_width
+    all_ids, all_nats, row, is_later = ids.reshape(-1), log_posteriors.reshape(-1), zero, zero
+    for frame in range(len(totals)):
+        flags, names, steps, left, level, total = zero, zero, zero, zero, zero, 0.0
         for rank in range(k):
-            if frame and rank & all_flags == 0:
-                flags = _peek(words, flag_place + np.uint64(rank))
+            if left == zero:
+                flags = _peek(data, flag_place + rank) & is_later
+                names, steps, left = _peek(data, id_place), _peek(data, step_place), ranks_per_peek
+            left -= one
             known = zero - (flags & one)  # all bits or none: no branch that a processor would have to guess
-            flags >>= one
-            field = _peek(words, id_place) & (id_mask ^ ((id_mask ^ rank_mask) & known))
-            id_place += id_width ^ ((id_width ^ rank_width) & known)
-            senone = field ^ ((field ^ before[field & rank_mask]) & known)
-            row_ids[rank] = senone
-            highest = max(highest, senone)
+            width = id_width - (saved & known)
+            field = names & ((one << width) - one)
+            flags, names, id_place = flags >> one, names >> width, id_place + width
+            senone = np.uint64(senones[before + (field & rank_mask)])
+            senone = field ^ ((field ^ senone) & known)
+            all_ids[row + rank] = senones[here + rank] = senone
             if rank:
-                if left == 0:
-                    window, left = _peek(words, step_place), 3
-                step, width = _read_step(window, parameters[rank])
-                window >>= width
-                step_place += width
-                left -= 1
-                level += step
-            row[rank] = nats[min(level, lowest)]
-            total += relative[min(level, lowest)]
-        if id_place > id_end or step_place > step_end or highest >= num_senones or level > lowest:
+                if steps & escape_mask:
+                    step, width = _read_step(steps, widths[rank])
+                else:  # it may end beyond what was peeked: look again, now and for the next rank
+                    step, left = _peek(data, step_place + escape) & lowest, zero
+                    width = np.uint64(_STEP_BITS)
+                steps, step_place, level = steps >> width, step_place + width, level + step
+            all_nats[row + rank] = nats[level & lowest]
+            total += relative[level & lowest]
+        if id_place > id_end or step_place > step_end or level > lowest:
             return False
-        flag_place += np.uint64(k) if frame else zero
-        log_total = np.float32(np.log(total))
-        for rank in range(k):
-            before[rank] = row_ids[rank]
-            row[rank] -= log_total
-    return _ends_in_byte_before(id_place, id_end) and _ends_in_byte_before(step_place, step_end)
+        flag_place, row, is_later = flag_place + (k & is_later), row + k, ~zero
+        before, here, totals[frame] = here, before, total
+    _renormalise(log_posteriors, totals)
+    whole = _ends_in_byte_before(id_place, id_end) and _ends_in_byte_before(step_place, step_end)
+    return whole and _highest(all_ids) < sizes[2]
 
 
 @_compiled
-def _read_parameters(words, place, k):  # type: ignore[no-untyped-def]
-    parameters = np.zeros(k, np.uint64)
+def _renormalise(log_posteriors, totals):  # type: ignore[no-untyped-def]
+    """log_posteriors (T, K) relative to the highest, whose posteriors are totals (T,) together."""
+    for frame in range(len(totals)):
+        log_total = np.log(totals[frame])
+        for rank in range(log_posteriors.shape[1]):
+            log_posteriors[frame, rank] -= log_total
+
+
+@_compiled
+def _highest(senones):  # type: ignore[no-untyped-def]
+    highest = np.int32(0)
+    for place in range(len(senones)):
+        highest = max(highest, senones[place])
+    return highest
+
+
+@_compiled
+def _read_widths(data, place, k):  # type: ignore[no-untyped-def]
+    """Of each rank, the bits that follow a step's zeros: one more than its parameter."""
+    widths = np.ones(k, np.uint64)
     for rank in range(1, k):
-        parameters[rank] = _peek(words, place) & np.uint64(15)
+        widths[rank] += _peek(data, place) & np.uint64(15)
         place += np.uint64(_PARAMETER_BITS)
-    return parameters, place
+    return widths, place
 
 
 @_compiled
-def _read_step(window, parameter):  # type: ignore[no-untyped-def]
-    """A step and its bits, from the lowest of a word on."""
-    one, escape = np.uint64(1), np.uint64(_ESCAPE_ZEROS)
-    zeros = _count_zeros(window | one << escape)  # type: ignore[call-arg, var-annotated]
-    if zeros == escape:
-        return (window >> escape) & np.uint64(IMPOSSIBLE), np.uint64(_STEP_BITS)
-    low = (window >> (zeros + one)) & ((one << parameter) - one)
-    return zeros << parameter | low, zeros + one + parameter
+def _read_step(window, width):  # type: ignore[no-untyped-def]
+    """A step and its bits, from the lowest of a word on, which is not 0."""
+    zeros = _count_zeros(window)  # type: ignore[call-arg, var-annotated]
+    with_one = (zeros << width) + ((window >> zeros) & ((np.uint64(1) << width) - np.uint64(1)))
+    return with_one >> np.uint64(1), zeros + width
 
 
 @_compiled
