@@ -23,9 +23,8 @@ import h5py
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from teacherstudent.data.packed_index import (
-    Index, Layout, block_checksums, naming, read_index, remedy, write_index, writer_of,
-)  # fmt: skip
+from teacherstudent.data import packed_index
+from teacherstudent.data.packed_index import Index, Layout, block_checksums, naming, read_index, write_index
 from teacherstudent.data.partial_files import lock, remove_abandoned
 from teacherstudent.files import hash_file, write_text
 
@@ -72,7 +71,9 @@ def count_shards(names: Iterable[str], folder: Path | str, stem: str) -> int:
     missing = sorted(set(range(max(found, default=0) + 1)) - found)
     if missing:
         what = f"shard {shard_path(folder, stem, missing[0]).name} is missing ({len(missing)} missing in all)"
-        raise ValueError(f"{folder}: {what}. Run {writer_of(stem)} again: it makes what is missing")
+        raise ValueError(
+            f"{folder}: {what}. Run {packed_index.writer_of(stem)} again: it makes what is missing"
+        )
     return len(found)
 
 
@@ -345,7 +346,7 @@ class PackedShard:
                 self._fetch(self.path)
             with suppress(FileNotFoundError), naming(self.path):
                 return h5py.File(self.path, "r", rdcc_nbytes=0)  # whole blocks are read: no use keeping them
-        raise ValueError(f"{self.path}: no such shard. Run {writer_of(self.path.name)}")
+        raise ValueError(f"{self.path}: no such shard. Run {packed_index.writer_of(self.path.name)}")
 
     def _close_the_oldest(self) -> None:
         """Of this thread's shards, where there are too many; it is opened again when it is used again.
@@ -389,7 +390,9 @@ class PackedShard:
         for block, (checksum, right) in enumerate(zip(got, needed, strict=True), first):
             if checksum != right:
                 where = f"{self.path}: {index.describe_block(block)}"
-                raise ValueError(f"{where}: block {block} of {name!r} is damaged. {remedy(self.path)}")
+                raise ValueError(
+                    f"{where}: block {block} of {name!r} is damaged. {packed_index.remedy(self.path)}"
+                )
         return values
 
 
