@@ -1,6 +1,6 @@
 """Training shared among workers: communicators, and optimisers that exchange little.
 
-    from teacherstudent.distributed import BMUF, GTC, ExactAveraging, connect
+    from teacherstudent.distributed import BMUF, GTC, ExactAveraging, TwoTier, connect
 
     comm = connect()                                   # torchrun, mpirun, srun, or a single process
     model = MyModel().to(comm.device)
@@ -29,6 +29,7 @@ from teacherstudent.distributed.gtc import GTC
 from teacherstudent.distributed.gtc_state import fold_states, ranks_to_fold
 from teacherstudent.distributed.launchers import connect
 from teacherstudent.distributed.threads import in_process
+from teacherstudent.distributed.two_tier import TwoTier
 
 __all__ = [
     "BMUF",
@@ -36,6 +37,7 @@ __all__ = [
     "Communicator",
     "ExactAveraging",
     "GTCState",
+    "TwoTier",
     "connect",
     "fold_states",
     "gtc_hook",

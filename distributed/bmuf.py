@@ -2,6 +2,10 @@
 
 K. Chen and Q. Huo, "Scalable training of deep learning machines by incremental block training with intra-block
 parallel optimization and blockwise model-update filtering", ICASSP 2016.
+
+What BMUF is made of: block_agreement.py, what the ranks decide together; block_exchange.py, the mean of their updates;
+block_filter.py, the arithmetic; block_state.py, the inner optimiser's state; block_fragment.py, all that for a part of
+the model.
 """
 # N ranks, W global weights, Δ filtered update, η block momentum, ζ block learning rate, G mean update of a block
 
@@ -14,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teacherstudent.distributed.block_agreement import Tally, Verdict, agree, check_request
+from teacherstudent.distributed.block_exchange import WIRES, make_exchange
+from teacherstudent.distributed.block_filter import BlockFilter
+from teacherstudent.distributed.block_fragment import Fragment, split_buckets
+from teacherstudent.distributed.block_state import LOCAL_STATES, is_plain_adam, make_local_state
 from teacherstudent.distributed.communicators import Communicator
+from teacherstudent.distributed.exact import take_exact_step
 from teacherstudent.distributed.flat import Bucket
-from teacherstudent.distributed.optimizers import (
-    DistributedOptimizer,
-    gather_integers,
-    max_magnitude,
-    scale_of,
-)
+from teacherstudent.distributed.optimizers import DistributedOptimizer, max_magnitude
 
 
 class BMUF(DistributedOptimizer):
@@ -34,19 +39,34 @@ class BMUF(DistributedOptimizer):
     W. This is torch.optim.SGD(lr=ζ, momentum=η, nesterov=…) on the pseudo-gradient −G.
 
     block_steps     steps in a block
-    block_momentum  η in [0, 1); by default 1 − 1/N, which makes the sum of a block's effects N times the mean:
-                    BMUF wants its own learning rate for each N. With one rank η is 0 and the inner optimiser is all
-                    that remains, within one rounding a block; this is said once.
+    block_momentum  η in [0, 1); by default 1 − 1/N: 0 for one rank, 0.5 for 2, 0.75 for 4, 0.875 for 8, 0.9375 for 16,
+                    and that of the new N where a training goes on with another one. The sum of a block's effects is
+                    then N times the mean: BMUF wants its own learning rate for each N. With one rank the inner
+                    optimiser is all that remains, within one rounding a block; this is said once.
     block_lr        ζ > 0
     nesterov        start the next block from the look-ahead
+    warmup_steps    exact averaging for so many steps first; the first block starts from what they have made
+    local_state     what becomes of the inner optimiser's state (momentum buffers, moments) at a block's end: "keep",
+                    each rank its own; "reset"; "average", exchanged as the models are; "adam", averaged and
+                    re-estimated for where the next block starts (block_state.AdamEstimates; Adam and AdamW)
+    outlier_factor  leave out a rank whose mean loss in a block is above so many times the ranks' median; wants
+                    `report_loss` before each step
+    wire            what an element of an update is sent as: "full", in its own dtype; "bf16", "fp16" or "int8" with
+                    error feedback, so that what rounding takes away is sent later
+    fragments       cut the model into so many parts whose blocks end one after the other, each after
+                    block_steps / fragments steps more: smaller exchanges, as many bytes
+    delay_steps     merge the mean so many steps after the block's end. The exchange is under way meanwhile, and what
+                    the rank learns meanwhile stays on top and belongs to the next block
 
-    The inner optimiser's state (momentum buffers, moments) stays on its rank across blocks. A step with weight 0,
-    or with a gradient that is not finite, is left out on its rank alone and counts towards the block's length, so
-    that all ranks reach the block's end together. A model that is not finite there is a FloatingPointError on every
-    rank. Learning rates may change inside a block.
+    A step with weight 0, or with a gradient that is not finite, is left out on its rank alone and counts towards the
+    block's length, so that all ranks reach the block's end together. There they agree by one small all-reduce of
+    integers. A rank whose model is not finite, or an outlier, is left out of the average, starts the next block
+    from the common model without a state of its own, is named in a warning on every rank, and counted. Learning rates
+    may change inside a block.
 
     Raises ValueError on every rank where a setting is out of range, where settings, shapes or initial weights
-    differ between ranks, and where ranks meet at different steps of their blocks.
+    differ between ranks, and where ranks meet at different steps of their blocks; FloatingPointError on every rank
+    where no rank that has trained can be used.
     """
 
     def __init__(
@@ -58,27 +78,35 @@ class BMUF(DistributedOptimizer):
         block_momentum: float | None = None,
         block_lr: float = 1.0,
         nesterov: bool = True,
+        warmup_steps: int = 0,
+        local_state: str = "keep",
+        outlier_factor: float | None = None,
+        wire: str = "full",
+        fragments: int = 1,
+        delay_steps: int = 0,
         initial_weights: str = "broadcast",
     ) -> None:
-        problems = find_problems(block_steps, block_momentum, block_lr)
-        settings = {
-            "block_steps": block_steps,
-            "block_momentum": block_momentum,
-            "block_lr": block_lr,
-            "nesterov": nesterov,
-        }
+        settings = {name: value for name, value in locals().items() if name in SETTINGS}
+        problems = find_problems(settings, optimizer)
         super().__init__(optimizer, comm, settings, problems, initial_weights)
         self.block_steps = block_steps
         self.block_momentum = 1 - 1 / comm.size if block_momentum is None else block_momentum
         self.block_lr = block_lr
         self.nesterov = nesterov
-        self._global = [bucket.read_parameters() for bucket in self._buckets]
-        self._update = [bucket.new_zeros() for bucket in self._buckets]
-        self._starts_ahead = False  # whether this block started from W + ηΔ
-        self._steps_in_block = 0
-        self._block_weight = 0
-        self._set_aside: list[Tensor] | None = None  # the rank's own weights while the model shows W
-        self._counters["blocks"] = 0
+        self.warmup_steps = warmup_steps
+        self.local_state = local_state
+        self.outlier_factor = outlier_factor
+        self.wire = wire
+        self.delay_steps = delay_steps
+        self._fragments = [
+            self._make_fragment(buckets) for buckets in split_buckets(self._buckets, fragments)
+        ]
+        self._stagger()
+        self._reported_loss: float | None = None
+        self._requests: set[str] = set()
+        self._agreed: frozenset[str] = frozenset()
+        self._set_aside: list[list[Tensor]] | None = None  # the rank's own weights while the model shows W
+        self._counters |= dict.fromkeys(("blocks", "ranks_left_out", "moments_guarded"), 0)
         if comm.size == 1 and block_momentum is None:
             warnings.warn(
                 "BMUF with one worker: block momentum is 0, which leaves the inner optimizer as it is",
@@ -88,107 +116,148 @@ class BMUF(DistributedOptimizer):
     def synchronize(self) -> None:
         """Close a partial block and leave W in the model. Collective; the next block starts from W."""
         self._refuse_inside_global_weights()
+        if self._is_warming_up:
+            return
+        agreed: frozenset[str] = frozenset()
         with torch.no_grad():
-            self._close_block()
-            self._start_block(ahead=False)
+            for fragment in self._fragments:
+                if fragment.own is not None:
+                    self._merge(fragment)
+                self._close_block(fragment, ahead=False, later=False)
+                agreed |= self._agreed
+        self._agreed = agreed
+        self._stagger()
 
     @contextlib.contextmanager
     def global_weights(self) -> Iterator[None]:
         """The model holds W inside the `with` block, and the rank's own weights again after it. Not collective."""
-        if self._set_aside is not None:
+        if self._set_aside is not None or self._is_warming_up:
             yield
             return
-        self._set_aside = [bucket.read_parameters() for bucket in self._buckets]
-        write_all(self._buckets, self._global)
+        self._set_aside = [fragment.filter.read_own() for fragment in self._fragments]
+        for fragment in self._fragments:
+            fragment.filter.write(fragment.filter.weights)
         try:
             yield
         finally:
-            own, self._set_aside = self._set_aside, None
-            write_all(self._buckets, own)
+            aside, self._set_aside = self._set_aside, None
+            for fragment, own in zip(self._fragments, aside):
+                fragment.filter.write(own)
+
+    def report_loss(self, loss: float | Tensor) -> None:
+        """The mean loss of the batch whose `step` comes next. Only `outlier_factor` makes use of it."""
+        if self.outlier_factor is not None:
+            self._reported_loss = float(loss)
+            if self._reported_loss < 0:
+                raise ValueError(
+                    f"the loss is {self._reported_loss}; outlier_factor compares losses from 0 up"
+                )
+
+    def request(self, what: str) -> None:
+        """Ask all ranks for a "stop" or a "checkpoint"; they hear of it at the end of the present block."""
+        check_request("request", what)
+        self._requests.add(what)
+
+    def agreed(self, what: str) -> bool:
+        """Whether any rank had requested this when the last block ended: the same answer on every rank.
+
+        A request is no part of the state: a training that goes on has not been asked to stop.
+        """
+        check_request("agreed", what)
+        return what in self._agreed
 
     def metrics(self) -> dict[str, float]:
-        """Beside the counts: blocks closed, and steps in the present block."""
-        return {**super().metrics(), "steps_in_block": self._steps_in_block}
+        """Beside the counts: blocks closed, of each fragment; ranks left out of them; steps in the present block;
+        elements of second moments that kept their mean."""
+        return {**super().metrics(), "steps_in_block": self._fragments[-1].tally.steps}
 
     # ---- the step -----------------------------------------------------------------------------------------
 
     def _take_step(self, weight: int) -> None:
         self._refuse_inside_global_weights()
+        if self._is_warming_up:
+            self._warm_up(weight)
+            return
+        self._train_alone(weight)
+        for fragment in self._fragments:
+            fragment.tally.steps += 1
+            if fragment.own is not None and fragment.tally.steps == self.delay_steps:
+                self._merge(fragment)
+            if fragment.tally.steps == fragment.num_steps:
+                self._close_block(fragment, ahead=self.nesterov, later=self.delay_steps > 0)
+                fragment.num_steps = self.block_steps
+
+    @property
+    def _is_warming_up(self) -> bool:
+        return self._counters["steps"] < self.warmup_steps
+
+    def _warm_up(self, weight: int) -> None:
+        self._take_exact_step(weight)
+        self._reported_loss = None
+        if self._counters["steps"] % self.block_steps == 0:
+            self._decide(Tally(), is_finite=True)
+        if not self._is_warming_up:
+            for fragment in self._fragments:
+                fragment.filter.take_over()
+                fragment.local.begin()
+
+    def _take_exact_step(self, weight: int) -> None:
+        take_exact_step(self, weight)
+
+    def _train_alone(self, weight: int) -> None:
+        loss, self._reported_loss = self._reported_loss, None
+        if self._learn(weight):
+            for fragment in self._fragments:
+                fragment.tally.add(weight, loss)
+
+    def _learn(self, weight: int) -> bool:
+        """Use the gradients at hand; whether they count."""
         self._counters["steps"] += 1
         if not weight:
             self._counters["skipped_empty"] += 1
-        elif not self._gradients_are_finite():
+            return False
+        if not self._gradients_are_finite():
             self._counters["skipped_nonfinite"] += 1
-        else:
-            self.inner.step()
-            self._block_weight += weight
-        self._steps_in_block += 1
-        if self._steps_in_block == self.block_steps:
-            self._close_block()
-            self._start_block(ahead=self.nesterov)
+            return False
+        self.inner.step()
+        return True
 
-    def _close_block(self) -> None:
-        """Δ ← ηΔ + ζG and W ← W + Δ, unless nobody has trained in this block."""
-        updates = [self._own_update(number) for number in range(len(self._buckets))]
-        total = self._agree_on_block(updates)
-        if total:
-            share = scale_of(self._block_weight, total, self.comm.size)
-            for update, filtered, weights in zip(updates, self._update, self._global):
-                mean = self._mean(update, share)
-                filtered.mul_(self.block_momentum).add_(mean, alpha=self.block_lr)
-                weights.add_(filtered)
-            self._counters["blocks"] += 1
-        self._steps_in_block = self._block_weight = 0
-
-    def _start_block(self, ahead: bool) -> None:
-        self._starts_ahead = ahead
-        for number, bucket in enumerate(self._buckets):
-            for piece in bucket.pieces:
-                piece.parameter.copy_(
-                    self._start_of(number, piece.start, piece.stop).view(piece.parameter.shape)
-                )
-
-    def _start_of(self, number: int, start: int, stop: int) -> Tensor:
-        """Part of the weights from which this block started; recomputed, with the same rounding, not kept."""
-        weights = self._global[number][start:stop]
-        if not self._starts_ahead:
-            return weights
-        return weights.add(self._update[number][start:stop], alpha=self.block_momentum)
-
-    def _own_update(self, number: int) -> Tensor:
-        """This rank's W_rank − W_start, flat."""
-        update = self._buckets[number].read_parameters()
-        for piece in self._buckets[number].pieces:
-            update[piece.start : piece.stop].sub_(self._start_of(number, piece.start, piece.stop))
-        return update
-
-    def _mean(self, update: Tensor, share: float) -> Tensor:
-        if not share:
-            update.zero_()
-        elif share != 1:
-            update.mul_(share)
+    def _close_block(self, fragment: Fragment, ahead: bool, later: bool) -> None:
+        updates = fragment.filter.own_updates()
+        is_finite = all(max_magnitude([update]) < float("inf") for update in updates if update.numel())
+        verdict = self._decide(fragment.tally, is_finite)
+        if self.comm.rank in verdict.left_out:
+            self._start_again()
+        fragment.tally = Tally()
+        if not verdict.has_trained:
+            fragment.filter.start_block(ahead)
+            return
+        end_block = fragment.end_block_later if later else fragment.end_block
         with self._exchanging():
-            self.comm.all_reduce(update)
-        return update.div_(self.comm.size)
+            num_guarded = end_block(updates, verdict.shares[self.comm.rank], ahead)
+        self._counters["moments_guarded"] += num_guarded
+        self._counters["blocks"] += 1
 
-    def _agree_on_block(self, updates: list[Tensor]) -> int:
-        """The total weight of the block; raises the same error on every rank where they cannot go on together."""
-        finite = all(max_magnitude([update]) < float("inf") for update in updates if update.numel())
+    def _start_again(self) -> None:
+        for fragment in self._fragments:
+            fragment.start_again()
+
+    def _decide(self, tally: Tally, is_finite: bool) -> Verdict:
         with self._exchanging():
-            rows = gather_integers(self.comm, [self._steps_in_block, self._block_weight, int(finite)])
-        steps, weights, all_finite = (list(column) for column in zip(*rows))
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"the ranks meet at different steps of their blocks: {dict(enumerate(steps))}. Every rank must call "
-                "step and synchronize equally often; a rank without data calls step(weight=0)"
+            verdict = agree(self.comm, tally, is_finite, self._requests, self.outlier_factor)
+        self._requests, self._agreed = set(), verdict.requests
+        self._counters["ranks_left_out"] += len(verdict.left_out)
+        for rank, reason in sorted(verdict.left_out.items()):
+            warnings.warn(
+                f"block {self._counters['blocks']:g}: {self.comm.member} {rank} is left out of the average, and starts "
+                f"again from the common model: {reason}",
+                stacklevel=6,
             )
-        diverged = [rank for rank, is_finite in enumerate(all_finite) if not is_finite]
-        if diverged:
-            raise FloatingPointError(
-                f"the model of rank {', '.join(map(str, diverged))} is not finite at the end of a block: training has "
-                "diverged. Lower the learning rate, and go on from the last checkpoint"
-            )
-        return sum(weights)
+        return verdict
+
+    def _merge(self, fragment: Fragment) -> None:
+        with self._exchanging():
+            fragment.merge()
 
     def _refuse_inside_global_weights(self) -> None:
         if self._set_aside is not None:
@@ -196,26 +265,40 @@ class BMUF(DistributedOptimizer):
                 "leave optimizer.global_weights() before training on: the model holds W inside it"
             )
 
-    # ---- checkpoints --------------------------------------------------------------------------------------
+    # ---- fragments and checkpoints ------------------------------------------------------------------------
+
+    def _make_fragment(self, buckets: list[Bucket]) -> Fragment:
+        filter = BlockFilter(buckets, self.block_momentum, self.block_lr)
+        parameters = [piece.parameter for bucket in buckets for piece in bucket.pieces]
+        return Fragment(
+            filter,
+            make_exchange(self.comm, filter.weights, self.wire),
+            make_local_state(
+                self.local_state, self.inner, self.comm, parameters, self.block_momentum, self.block_lr
+            ),
+            self.block_steps,
+        )
+
+    def _stagger(self) -> None:
+        """The first blocks of the fragments end at equal distances."""
+        for number, fragment in enumerate(self._fragments):
+            fragment.num_steps = self.block_steps * (number + 1) // len(self._fragments)
 
     def _hidden_state(self) -> dict[str, Any]:
-        own = self._set_aside or [bucket.read_parameters() for bucket in self._buckets]
-        return {
-            "global_weights": self._global,
-            "update": self._update,
-            "own_weights": own,
-            "starts_ahead": self._starts_ahead,
-            "steps_in_block": self._steps_in_block,
-            "block_weight": self._block_weight,
-        }
+        if self._is_warming_up:
+            for fragment in self._fragments:
+                fragment.filter.take_over()
+        own = self._set_aside or [fragment.filter.read_own() for fragment in self._fragments]
+        return {"fragments": [fragment.state_dict() for fragment in self._fragments], "own_weights": own}
 
     def _load_hidden_state(self, hidden: dict[str, Any]) -> None:
         """Puts the rank's own weights back into the model, whatever the model was loaded with."""
         self._refuse_inside_global_weights()
-        for name, kept in (("global_weights", self._global), ("update", self._update)):
-            for flat, saved in zip(kept, hidden[name], strict=True):
-                flat.copy_(saved)
-        self._starts_ahead = hidden["starts_ahead"]
+        if len(hidden["fragments"]) != len(self._fragments):
+            raise ValueError(
+                f"this BMUF state was saved with fragments={len(hidden['fragments'])}, and is loaded with "
+                f"{len(self._fragments)}; use the same"
+            )
         if hidden["size"] != self.comm.size:
             self._start_with_other_size(hidden)
             return
@@ -224,40 +307,70 @@ class BMUF(DistributedOptimizer):
                 f"rank {self.comm.rank} got the BMUF state of rank {hidden['rank']}; every rank loads its own, since "
                 "inside a block each has other weights"
             )
-        self._steps_in_block = hidden["steps_in_block"]
-        self._block_weight = hidden["block_weight"]
-        write_all(
-            self._buckets,
-            [own.to(bucket.device) for own, bucket in zip(hidden["own_weights"], self._buckets)],
-        )
+        for fragment, state, own in zip(self._fragments, hidden["fragments"], hidden["own_weights"]):
+            fragment.load_state_dict(state)
+            fragment.filter.write(own)
 
     def _start_with_other_size(self, hidden: dict[str, Any]) -> None:
-        if hidden["steps_in_block"]:
+        num_lost = max(
+            state["tally"]["steps"] + (self.block_steps if state["own"] is not None else 0)
+            for state in hidden["fragments"]
+        )
+        if num_lost:
             warnings.warn(
                 f"this BMUF state was saved by {hidden['size']} workers inside a block and is loaded by "
-                f"{self.comm.size}: the {hidden['steps_in_block']} steps since the last block are lost",
+                f"{self.comm.size}: the {num_lost} steps since the last block are lost",
                 stacklevel=4,
             )
-        self._steps_in_block = self._block_weight = 0
         with torch.no_grad():
-            self._start_block(ahead=self._starts_ahead)
+            for fragment, state in zip(self._fragments, hidden["fragments"]):
+                fragment.load_common_state(state)
+        self._stagger()
 
 
-def find_problems(block_steps: int, block_momentum: float | None, block_lr: float) -> list[str]:
+SETTINGS = (
+    "block_steps", "block_momentum", "block_lr", "nesterov", "warmup_steps", "local_state", "outlier_factor", "wire",
+    "fragments", "delay_steps",
+)  # fmt: skip
+
+
+def find_problems(settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Everything that is wrong with the settings."""
     problems = []
-    try:
-        is_length = operator.index(block_steps) >= 1
-    except TypeError:
-        is_length = False
-    if not is_length:
-        problems.append(f"block_steps is {block_steps!r}; give a whole number of steps, at least 1")
-    if block_momentum is not None and not 0 <= block_momentum < 1:
-        problems.append(f"block_momentum is {block_momentum!r}; give a number from 0 up to, not including, 1")
-    if not 0 < block_lr < float("inf"):
-        problems.append(f"block_lr is {block_lr!r}; give a number above 0")
+    for name, least in (("block_steps", 1), ("warmup_steps", 0), ("fragments", 1), ("delay_steps", 0)):
+        if not is_integer_from(settings[name], least):
+            problems.append(f"{name} is {settings[name]!r}; give a whole number, at least {least}")
+    if problems:
+        return problems
+    block_steps, momentum, local_state = (
+        settings[name] for name in ("block_steps", "block_momentum", "local_state")
+    )
+    if momentum is not None and not 0 <= momentum < 1:
+        problems.append(f"block_momentum is {momentum!r}; give a number from 0 up to, not including, 1")
+    if not 0 < settings["block_lr"] < float("inf"):
+        problems.append(f"block_lr is {settings['block_lr']!r}; give a number above 0")
+    if settings["outlier_factor"] is not None and not 1 < settings["outlier_factor"] < float("inf"):
+        problems.append(f"outlier_factor is {settings['outlier_factor']!r}; give a number above 1, such as 3")
+    for name, choices in (("local_state", LOCAL_STATES), ("wire", WIRES)):
+        if settings[name] not in choices:
+            problems.append(f"{name} is {settings[name]!r}; choose one of {', '.join(choices)}")
+    if settings["fragments"] > block_steps:
+        problems.append(f"fragments is {settings['fragments']}, more than the {block_steps} steps of a block")
+    if settings["delay_steps"] >= block_steps:
+        problems.append(
+            f"delay_steps is {settings['delay_steps']}; give fewer than the {block_steps} of a block"
+        )
+    if settings["delay_steps"] and local_state in ("average", "adam"):
+        problems.append(
+            f"local_state={local_state!r} is exchanged at the block's end, which delay_steps is to hide"
+        )
+    if local_state == "adam" and not is_plain_adam(optimizer):
+        problems.append("local_state='adam' re-estimates the moments of Adam and AdamW, without amsgrad")
     return problems
 
 
-def write_all(buckets: list[Bucket], flats: list[Tensor]) -> None:
-    for bucket, flat in zip(buckets, flats):
-        bucket.write_parameters(flat)
+def is_integer_from(value: Any, least: int) -> bool:
+    try:
+        return operator.index(value) >= least
+    except TypeError:
+        return False

@@ -88,7 +88,10 @@ class Communicator(ABC):
     timeout_seconds  how long a collective may wait for the slowest rank
     reduction        "ordered" or "native", what all_reduce does unless told otherwise
     bytes_sent       payload handed to other ranks so far
+    member           what its ranks are called in messages
     """
+
+    member = "rank"
 
     def __init__(
         self, rank: int, size: int, device: torch.device, timeout_seconds: float, reduction: str
@@ -335,6 +338,8 @@ def _num_bytes(tensor: Tensor) -> int:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
+    if not tensor.numel():  # which may have any stride, and view() asks for 1
+        return torch.empty(0, dtype=torch.uint8)
     return tensor.reshape(-1).view(torch.uint8)
 
 

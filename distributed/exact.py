@@ -20,13 +20,18 @@ class ExactAveraging(DistributedOptimizer):
         super().__init__(optimizer, comm, {}, [], initial_weights)
 
     def _take_step(self, weight: int) -> None:
-        self._counters["steps"] += 1
-        agreed = self._agree(weight)
-        if agreed is None:
-            return
-        if self.comm.size > 1:
-            share = scale_of(weight, agreed.total_weight, self.comm.size)
-            for bucket in self._buckets:
-                gradients = [piece.parameter.grad for piece in bucket.pieces]
-                self._average(bucket, gradients, share, agreed.present)
-        self.inner.step()
+        take_exact_step(self, weight)
+
+
+def take_exact_step(optimizer: DistributedOptimizer, weight: int) -> None:
+    """One step with the mean gradient of all ranks; also the warm-up of methods that exchange otherwise later."""
+    optimizer._counters["steps"] += 1
+    agreed = optimizer._agree(weight)
+    if agreed is None:
+        return
+    if optimizer.comm.size > 1:
+        share = scale_of(weight, agreed.total_weight, optimizer.comm.size)
+        for bucket in optimizer._buckets:
+            gradients = [piece.parameter.grad for piece in bucket.pieces]
+            optimizer._average(bucket, gradients, share, agreed.present)
+    optimizer.inner.step()

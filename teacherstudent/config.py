@@ -205,7 +205,7 @@ class Schedule(Section):
 class Optimisation(Section):
     """How one step is taken, and how the workers share it."""
 
-    method: Literal["exact", "gtc", "bmuf"] = "exact"
+    method: Literal["exact", "gtc", "bmuf", "two-tiers"] = "exact"
     learning_rate: Positive = 0.1
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
     clip_norm: Positive = 1.0  # of each worker's gradient, before any exchange
@@ -214,12 +214,17 @@ class Optimisation(Section):
     density: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-3
     multi_quantum: bool = False  # gtc: send all that has grown past the threshold, not one quantum a step
     ramp_steps: Natural = 0  # gtc: over so many steps the density goes down from 1e-2
-    exact_steps: Natural = 0  # gtc: so many first steps average exactly
+    exact_steps: Natural = 0  # gtc, bmuf: so many first steps average exactly
     codec: Literal["auto", "words", "rice", "bitmap", "dense"] = (
         "auto"  # gtc: of messages; auto takes fewest bytes
     )
     block_steps: Count = 50  # bmuf
     block_momentum: Annotated[float, Range(0, 1, below=True)] | None = None  # bmuf: default 1 - 1/workers
+    local_state: Literal["keep", "reset", "average"] = "keep"  # bmuf: the workers' momentum at a block's end
+    wire: Literal["full", "bf16", "fp16", "int8"] = (
+        "full"  # bmuf: what updates travel as, with error feedback
+    )
+    group_size: Count = 1  # two-tiers: workers that share every step by gtc; bmuf across such groups
 
 
 @dataclass(frozen=True)

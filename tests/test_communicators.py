@@ -7,6 +7,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,17 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
 def test_collectives_do_what_they_say_with_any_number_of_workers(num_workers: int) -> None:
     in_process(num_workers, check_collectives)
+
+
+def test_nothing_may_be_exchanged_whatever_the_stride_of_nothing() -> None:
+    def work(comm: Communicator) -> None:
+        nothing = torch.tensor(np.zeros(0))  # its stride is 0, as numpy has it
+        assert nothing.stride() == (0,)
+        gathered = comm.all_gather(nothing) + comm.all_to_all([nothing] * comm.size)
+        assert [part.shape for part in gathered] == [(0,)] * (2 * comm.size)
+        assert comm.all_reduce(nothing) is nothing and comm.broadcast(nothing) is nothing
+
+    in_process(2, work)
 
 
 def test_the_ordered_sum_does_not_depend_on_which_rank_holds_what() -> None:

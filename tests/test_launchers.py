@@ -8,21 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from workers.training import METHODS, train
+from workers.training import METHODS_OF_SIZE, train
 
 from teacherstudent.distributed import in_process
 
 ROOT = Path(__file__).parent.parent
 WORKERS = ROOT / "tests" / "workers"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 MPIRUN = [
     os.path.join(os.path.dirname(sys.executable), "mpirun"),
-    "-n",
-    "2",
     "--oversubscribe",
     "--bind-to",
     "none",
+    "-n",
 ]
+
+EXAMPLES = ["01_gtc.py", "02_bmuf.py", "03_two_tiers.py"]
 
 needs_mpi = pytest.mark.skipif(not os.path.exists(MPIRUN[0]), reason="mpirun is not beside this Python")
 launchers = pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpirun", marks=needs_mpi)])
@@ -30,10 +31,12 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def launch(
-    launcher: str, *script: str | Path, timeout_seconds: float = 100
+    launcher: str, *script: str | Path, num_workers: int = 2, timeout_seconds: float = 100
 ) -> subprocess.CompletedProcess[str]:
-    """Two workers. A launch that hangs is a test that fails."""
-    command = TORCHRUN if launcher == "torchrun" else [*MPIRUN, sys.executable]
+    """A launch that hangs is a test that fails."""
+    command = [*TORCHRUN, str(num_workers)]
+    if launcher == "mpirun":
+        command = [*MPIRUN, str(num_workers), sys.executable]
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))
     }
@@ -50,20 +53,27 @@ def launch(
 
 
 @pytest.fixture(scope="module")
-def in_process_hashes() -> dict[str, str]:
-    both = {method: in_process(2, lambda comm, method=method: train(comm, method)) for method in METHODS}
-    assert all(hashes[0] == hashes[1] for hashes in both.values())
-    assert len({hashes[0] for hashes in both.values()}) == len(METHODS)
-    return {method: hashes[0] for method, hashes in both.items()}
+def in_process_hashes() -> dict[int, dict[str, str]]:
+    """number of workers -> method -> hash"""
+    found: dict[int, dict[str, str]] = {}
+    for size, methods in METHODS_OF_SIZE.items():
+        all_ranks = {
+            method: in_process(size, lambda comm, method=method: train(comm, method)) for method in methods
+        }
+        assert all(len(set(hashes)) == 1 for hashes in all_ranks.values())
+        found[size] = {method: hashes[0] for method, hashes in all_ranks.items()}
+        assert len(set(found[size].values())) == len(methods)
+    return found
 
 
 @launchers
+@pytest.mark.parametrize("num_workers", METHODS_OF_SIZE)
 def test_every_method_gives_the_same_bits_as_in_process(
-    launcher: str, in_process_hashes: dict[str, str]
+    launcher: str, num_workers: int, in_process_hashes: dict[int, dict[str, str]]
 ) -> None:
-    done = launch(launcher, WORKERS / "training.py")
+    done = launch(launcher, WORKERS / "training.py", num_workers=num_workers)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == in_process_hashes
+    assert json.loads(done.stdout.splitlines()[-1]) == in_process_hashes[num_workers]
 
 
 @launchers
@@ -74,7 +84,7 @@ def test_collectives_work_on_real_processes(launcher: str) -> None:
 
 
 @launchers
-@pytest.mark.parametrize("example", ["01_gtc.py", "02_bmuf.py"])
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples_train_on_two_workers(launcher: str, example: str) -> None:
     done = launch(launcher, ROOT / "examples" / example)
     assert done.returncode == 0, done.stderr
@@ -83,7 +93,7 @@ def test_the_examples_train_on_two_workers(launcher: str, example: str) -> None:
     assert losses[-1] < min(0.35, 0.6 * losses[0])
 
 
-@pytest.mark.parametrize("example", ["01_gtc.py", "02_bmuf.py"])
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples_run_alone(example: str) -> None:
     script = ROOT / "examples" / example
     done = subprocess.run(
@@ -93,6 +103,15 @@ def test_the_examples_run_alone(example: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "1 worker(s)" in done.stdout
     assert len(script.read_text().splitlines()) <= 60
+
+
+@launchers
+def test_two_tiers_train_on_two_groups_of_two_workers(launcher: str) -> None:
+    done = launch(launcher, ROOT / "examples" / "03_two_tiers.py", num_workers=4)
+    assert done.returncode == 0, done.stderr
+    assert "4 worker(s) in 2 group(s)" in done.stdout
+    losses = [float(line.split()[6]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert losses[-1] < min(0.35, 0.6 * losses[0])
 
 
 @launchers

@@ -43,10 +43,15 @@ def make_source(name: str, num_utterances: int = 7, batch_frames: int = 30, nan:
 
 
 def make_training(
-    folder: Path, method: str = "exact", network: Network = NETWORK, rate: float = 0.3
+    folder: Path, method: str = "exact", network: Network = NETWORK, rate: float = 0.3, group_size: int = 1
 ) -> Training:
     optimisation = Optimisation(
-        method=method, learning_rate=rate, density=0.2, block_steps=BLOCK_STEPS, batch_frames=30
+        method=method,
+        learning_rate=rate,
+        density=0.2,
+        block_steps=BLOCK_STEPS,
+        batch_frames=30,
+        group_size=group_size,
     )
     normalisation = Normalisation(np.full(NUM_FEATURES, 2, np.float32), np.full(NUM_FEATURES, 2, np.float32))
     plan = Plan(SCHEDULE, rate)

@@ -59,10 +59,7 @@ def hash_line(path: Path, digest: str) -> str:
 
 
 def count_shards(names: Iterable[str], folder: Path | str, stem: str) -> int:
-    """How many shards stem.000000.h5, stem.000001.h5, … are among the names of a folder's files.
-
-    Raises ValueError when there are none, or when a number is missing.
-    """
+    """How many shards stem.000000.h5, … are among the names of a folder's files. ValueError if one is missing."""
     numbers = (shard_number(name) for name in names if name.startswith(f"{stem}."))
     found = {number for number in numbers if number is not None}
     inside = Path(folder, stem)

@@ -6,31 +6,41 @@ Under a launcher (torchrun, mpirun, srun) the launched processes are the workers
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from teacherstudent.config import Distributed, Optimisation
-from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, in_process
+from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, TwoTier, in_process
 from teacherstudent.distributed.launchers import is_launched
 from teacherstudent.distributed.optimizers import DistributedOptimizer
 
 Result = TypeVar("Result")
 Method = Callable[[torch.optim.Optimizer, Communicator, Optimisation], DistributedOptimizer]
 
+
+def _gtc_options(settings: Optimisation) -> dict[str, Any]:
+    names = ("density", "multi_quantum", "ramp_steps", "codec")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _block_options(settings: Optimisation) -> dict[str, Any]:
+    names = ("block_steps", "block_momentum", "local_state", "wire")
+    return {name: getattr(settings, name) for name in names} | {"warmup_steps": settings.exact_steps}
+
+
 METHODS: dict[str, Method] = {
     "exact": lambda inner, comm, _: ExactAveraging(inner, comm),
     "gtc": lambda inner, comm, settings: GTC(
+        inner, comm, warmup_steps=settings.exact_steps, **_gtc_options(settings)
+    ),
+    "bmuf": lambda inner, comm, settings: BMUF(inner, comm, **_block_options(settings)),
+    "two-tiers": lambda inner, comm, settings: TwoTier(
         inner,
         comm,
-        density=settings.density,
-        multi_quantum=settings.multi_quantum,
-        ramp_steps=settings.ramp_steps,
-        warmup_steps=settings.exact_steps,
-        codec=settings.codec,
-    ),
-    "bmuf": lambda inner, comm, settings: BMUF(
-        inner, comm, block_steps=settings.block_steps, block_momentum=settings.block_momentum
+        group_size=settings.group_size,
+        inner_options=_gtc_options(settings) if settings.group_size > 1 else None,
+        **_block_options(settings),
     ),
 }
 

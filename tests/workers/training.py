@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, connect
+from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, TwoTier, connect
 
 METHODS = (
     "exact",
@@ -23,7 +23,20 @@ METHODS = (
     "gtc_delay",
     "bmuf",
     "bmuf_classical",
+    "bmuf_average",
+    "bmuf_int8",
+    "bmuf_fragments",
+    "bmuf_delay",
 )
+# name -> in place of the plain BMUF
+BMUF_OPTIONS: dict[str, dict[str, Any]] = {
+    "bmuf": {},
+    "bmuf_classical": {"nesterov": False},
+    "bmuf_average": {"local_state": "average", "warmup_steps": 10},
+    "bmuf_int8": {"wire": "int8"},
+    "bmuf_fragments": {"wire": "bf16", "fragments": 2},
+    "bmuf_delay": {"delay_steps": 3},
+}
 EVERY_GTC_OPTION: dict[str, Any] = {
     "density": 5e-3,
     "multi_quantum": True,
@@ -34,6 +47,12 @@ EVERY_GTC_OPTION: dict[str, Any] = {
     "momentum": 0.5,
     "clip_norm": 1.0,
 }
+# For 4 workers: with 2 there is one group, and each equals a plain method.
+TWO_TIER_OPTIONS: dict[str, dict[str, Any]] = {
+    "two_tier_gtc": {"inner": "gtc", "inner_options": {"density": 0.05}, "warmup_steps": 5},
+    "two_tier_exact": {"inner": "exact", "wire": "int8", "delay_steps": 2},
+}
+METHODS_OF_SIZE = {2: METHODS, 4: tuple(TWO_TIER_OPTIONS)}
 NUM_STEPS = 40
 
 
@@ -53,7 +72,9 @@ def make_optimizer(
         return ExactAveraging(inner, comm)
     if method.startswith("gtc"):
         return GTC(inner, comm, density=0.5 if method == "gtc_dense" else 0.02)
-    return BMUF(inner, comm, block_steps=7, nesterov=method == "bmuf")
+    if method in TWO_TIER_OPTIONS:
+        return TwoTier(inner, comm, group_size=2, block_steps=7, **TWO_TIER_OPTIONS[method])
+    return BMUF(inner, comm, block_steps=7, **BMUF_OPTIONS[method])
 
 
 def hash_weights(model: torch.nn.Module) -> bytes:
@@ -101,6 +122,6 @@ def train(comm: Communicator, method: str) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with connect(timeout_seconds=60) as comm:
-        hashes = {method: train(comm, method) for method in METHODS}
+        hashes = {method: train(comm, method) for method in METHODS_OF_SIZE[comm.size]}
         if comm.rank == 0:
             print(json.dumps(hashes))
