@@ -213,6 +213,7 @@ class Optimisation(Section):
     # Gtc: share of gradient elements sent.
     density: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-3
     multi_quantum: bool = False  # gtc: send all that has grown past the threshold, not one quantum a step
+    momentum_correction: bool = False  # gtc: momentum on every worker before compression, not after it
     ramp_steps: Natural = 0  # gtc: over so many steps the density goes down from 1e-2
     exact_steps: Natural = 0  # gtc, bmuf: so many first steps average exactly
     codec: Literal["auto", "words", "rice", "bitmap", "dense"] = (
@@ -225,6 +226,11 @@ class Optimisation(Section):
         "full"  # bmuf: what updates travel as, with error feedback
     )
     group_size: Count = 1  # two-tiers: workers that share every step by gtc; bmuf across such groups
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        corrects = self.momentum_correction and self.method != "gtc"
+        require(not corrects, "optimisation.momentum_correction", True, "false: it belongs to method = 'gtc'")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from teacherstudent.config import Distributed, Optimisation
-from teacherstudent.distributed import Communicator, connect, in_process
+from teacherstudent.distributed import GTC, Communicator, connect, in_process
 from teacherstudent.training.workers import METHODS, make_optimizer, run_workers
 
 
@@ -21,6 +21,19 @@ def test_every_method_of_the_configuration_makes_an_optimizer_with_its_settings(
 
         for group in (group for found in in_process(2, groups) for group in found):
             assert (group["lr"], group["momentum"]) == (0.25, 0.5)
+
+
+def test_momentum_is_either_corrected_before_compression_or_left_to_the_inner_optimizer() -> None:
+    settings = Optimisation(method="gtc", learning_rate=0.25, momentum=0.5, momentum_correction=True)
+
+    def work(comm: Communicator) -> tuple[float, float]:
+        optimizer = make_optimizer(torch.nn.Linear(2, 2).parameters(), comm, settings)
+        assert isinstance(optimizer, GTC)
+        return optimizer.param_groups[0]["momentum"], optimizer.options.momentum
+
+    assert in_process(2, work) == [(0.0, 0.5)] * 2
+    with pytest.raises(ValueError, match="momentum_correction = True: it must be false"):
+        Optimisation(method="bmuf", momentum_correction=True)
 
 
 def test_one_worker_is_told_which_setting_is_for_it() -> None:

@@ -32,7 +32,11 @@ def _block_options(settings: Optimisation) -> dict[str, Any]:
 METHODS: dict[str, Method] = {
     "exact": lambda inner, comm, _: ExactAveraging(inner, comm),
     "gtc": lambda inner, comm, settings: GTC(
-        inner, comm, warmup_steps=settings.exact_steps, **_gtc_options(settings)
+        inner,
+        comm,
+        warmup_steps=settings.exact_steps,
+        momentum=settings.momentum if settings.momentum_correction else 0.0,
+        **_gtc_options(settings),
     ),
     "bmuf": lambda inner, comm, settings: BMUF(inner, comm, **_block_options(settings)),
     "two-tiers": lambda inner, comm, settings: TwoTier(
@@ -52,7 +56,8 @@ def make_optimizer(
 
     What a method warns of when there is one worker is said in the configuration's words.
     """
-    inner = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.momentum)
+    momentum = 0.0 if settings.momentum_correction else settings.momentum
+    inner = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=momentum)
     make = METHODS[settings.method]
     if comm.size > 1:
         return make(inner, comm, settings)
