@@ -26,6 +26,7 @@ from teacherstudent.distributed.block_state import LOCAL_STATES, is_plain_adam, 
 from teacherstudent.distributed.communicators import Communicator
 from teacherstudent.distributed.exact import take_exact_step
 from teacherstudent.distributed.flat import Bucket
+from teacherstudent.distributed.grad_scaler import tell_scaler
 from teacherstudent.distributed.optimizers import DistributedOptimizer, max_magnitude
 
 
@@ -215,6 +216,7 @@ class BMUF(DistributedOptimizer):
         self._counters["steps"] += 1
         if not weight:
             self._counters["skipped_empty"] += 1
+            tell_scaler(self, False, self.comm.device)  # there may have been no backward pass
             return False
         if not self._gradients_are_finite():
             self._counters["skipped_nonfinite"] += 1

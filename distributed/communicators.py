@@ -89,9 +89,11 @@ class Communicator(ABC):
     reduction        "ordered" or "native", what all_reduce does unless told otherwise
     bytes_sent       payload handed to other ranks so far
     member           what its ranks are called in messages
+    serves_threads   whether two threads may use its transport at once
     """
 
     member = "rank"
+    serves_threads = True
 
     def __init__(
         self, rank: int, size: int, device: torch.device, timeout_seconds: float, reduction: str

@@ -1,12 +1,20 @@
 """Messages exchanged in a thread of their own, while the worker goes on computing."""
 
+import atexit
+import functools
 import threading
+import time
+import weakref
 from collections import deque
 from typing import NamedTuple
 
 from torch import Tensor
 
 from teacherstudent.distributed.communicators import Communicator
+
+# A process that ends meanwhile, as after an exception, waits so long for peers that are still sending.
+EXIT_SECONDS = 2.0
+_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
 class Delivery:
@@ -31,7 +39,7 @@ class Arrived(NamedTuple):
     """The messages of a delivery that was over before a checkpoint."""
 
     messages: list[Tensor]
-    bytes_sent: int = 0  # counted in the checkpoint
+    bytes_sent: int  # counted when they are received, as those of a Delivery
 
     def wait(self) -> list[Tensor]:
         return self.messages
@@ -43,9 +51,16 @@ class Courier:
     It has a communicator of its own, so that whatever the worker exchanges meanwhile, be it in another order on each
     rank, cannot come between. All ranks must give it as many messages, in the same order. The constructor is
     collective. After an error all later deliveries fail with it.
+
+    Raises ValueError where the transport cannot be used by two threads at once.
     """
 
     def __init__(self, comm: Communicator) -> None:
+        if not comm.serves_threads:
+            raise ValueError(
+                "exchanging in the background (overlap, delay) needs an MPI with MPI_THREAD_MULTIPLE, and this one was "
+                "started with less; start it with that, use torchrun, or overlap=False and delay=False"
+            )
         self._comm = comm.split(0)
         self._lock = threading.Lock()
         self._waiting: deque[Delivery] = deque()
@@ -61,7 +76,10 @@ class Courier:
         if not is_busy:
             # Ends with its work, since a thread that is there when the process ends makes gloo abort; and a daemon,
             # since a process must end that waits for a peer in vain.
-            threading.Thread(target=self._deliver, name=f"courier-{self._comm.rank}", daemon=True).start()
+            thread = threading.Thread(target=self._deliver, name=f"courier-{self._comm.rank}", daemon=True)
+            _threads.add(thread)
+            _wait_at_exit()
+            thread.start()
         return delivery
 
     def _deliver(self) -> None:
@@ -79,3 +97,14 @@ class Courier:
                     self._error = raised
             delivery.error, delivery.bytes_sent = self._error, self._comm.bytes_sent - bytes_before
             delivery.is_over.set()
+
+
+@functools.cache
+def _wait_at_exit() -> None:
+    atexit.register(_join_threads)
+
+
+def _join_threads() -> None:
+    deadline = time.monotonic() + EXIT_SECONDS
+    for thread in list(_threads):
+        thread.join(max(0.0, deadline - time.monotonic()))

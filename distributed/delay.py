@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teacherstudent.distributed import kernels
 from teacherstudent.distributed.codec import Place, Quanta
+from teacherstudent.distributed.communicators import Handle
 from teacherstudent.distributed.courier import Arrived
 from teacherstudent.distributed.exchange import Exchange
 from teacherstudent.distributed.flat import Bucket
@@ -28,8 +29,14 @@ def save_pending(pending: Pending | None) -> dict[str, Any] | None:
     return {
         "places": [asdict(exchange.place) for exchange in pending.exchanges],
         "messages": [exchange.handle.wait() for exchange in pending.exchanges],
+        "bytes_sent": [count_bytes(exchange) for exchange in pending.exchanges],
         "present": list(pending.present),
     }
+
+
+def count_bytes(exchange: Exchange) -> int:
+    """That are to be counted when it is received; the worker's own communicator has counted them already."""
+    return 0 if isinstance(exchange.handle, Handle) else exchange.handle.bytes_sent
 
 
 def load_pending(saved: dict[str, Any] | None, buckets: Sequence[Bucket]) -> Pending | None:
@@ -44,7 +51,8 @@ def load_pending(saved: dict[str, Any] | None, buckets: Sequence[Bucket]) -> Pen
             "it with the same overlap and bucket_bytes, or call synchronize() before saving"
         )
     exchanges = [
-        Exchange(place, Arrived(messages)) for place, messages in zip(places, saved["messages"], strict=True)
+        Exchange(place, Arrived(messages, bytes_sent))
+        for place, messages, bytes_sent in zip(places, saved["messages"], saved["bytes_sent"], strict=True)
     ]
     return Pending(exchanges, list(saved["present"]))
 

@@ -83,6 +83,15 @@ def describe(buckets: list[Bucket]) -> str:
     return f"{len(shapes)} parameters, {elements} elements, shapes {digest}"
 
 
+def describe_groups(param_groups: list[dict[str, Any]]) -> str:
+    """One line a group: its plain settings, except the learning rate, which is compared in every step."""
+    lines = []
+    for number, group in enumerate(param_groups):
+        plain = [f"{name}={group[name]!r}" for name in sorted(group) if isinstance(group[name], int | float)]
+        lines.append(f"group {number}: " + ", ".join(text for text in plain if not text.startswith("lr=")))
+    return "\n".join(lines)
+
+
 def hash_parameters(buckets: list[Bucket]) -> str:
     """A hash of every bit of the parameters."""
     digest = hashlib.blake2b(digest_size=16)

@@ -5,6 +5,7 @@ N. Strom, "Scalable distributed DNN training using commodity GPU cloud computing
 # N ranks, w weight of a rank's step, W = Σ w, s = N·w/W, g gradient, r residual, τ threshold, u velocity
 # c sum of all ranks' counts, n elements of a bucket
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from teacherstudent.distributed.communicators import Communicator
 from teacherstudent.distributed.delay import Pending, load_pending, save_pending
 from teacherstudent.distributed.exchange import Exchange
 from teacherstudent.distributed.gtc_options import MOMENTUM_TWICE, GTCOptions, has_momentum
-from teacherstudent.distributed.gtc_stages import GTCStages
+from teacherstudent.distributed.gtc_stages import GTCStages, global_norm
 from teacherstudent.distributed.gtc_state import (
     by_parameter,
     find_saved_size,
@@ -24,9 +25,10 @@ from teacherstudent.distributed.gtc_state import (
     overwrite,
     ranks_to_fold,
 )
-from teacherstudent.distributed.optimizers import global_norm, max_magnitude, scale_of
+from teacherstudent.distributed.optimizers import max_magnitude, scale_of
 from teacherstudent.distributed.overlap import Overlap
 from teacherstudent.distributed.thresholds import (
+    HIGHEST_LEVEL,
     LOWEST_LEVEL,
     DensityController,
     FixedThreshold,
@@ -38,6 +40,8 @@ from teacherstudent.distributed.thresholds import (
 
 # Of all ranks together, for one element in one step: then the sum of counts, and it times τ, are exact in float32.
 MOST_QUANTA = 2**20
+# What a rank counts beside what all methods do.
+COUNTERS = ("quanta_sent", "carried_over", "clipped", "rounded", "held_back")
 
 
 class GTC(GTCStages):
@@ -70,7 +74,8 @@ class GTC(GTCStages):
                paper above uses the norm wanted for the mean gradient, times 1/√N.)
     overlap    buckets are exchanged while backward still runs, with the same result bit for bit. The weight must be
                known before: optimizer.begin_step(weight=…), then backward, then step(weight=…). Gradients must be
-               left alone in between. Steps without a threshold yet, and those of the warm-up, do not overlap.
+               left alone in between. Steps without a threshold yet, and those of the warm-up, do not overlap. After
+               an exception in between, abandon_step() on every rank.
     bucket_bytes  cuts buckets of about so many bytes, from the last parameter to the first (25 MiB with overlap;
                otherwise all parameters of a dtype are one bucket). A capacity counts in each.
     delay      a step's exchange runs while the next one is computed, and is applied at its end: gradients are of
@@ -79,7 +84,8 @@ class GTC(GTCStages):
     **Update units.** r accumulates lr·s·g, what the weights would have moved by, and not gradients: a residual
     earned at one learning rate is applied at just that rate, however the rate moves before it is sent, without the
     rounding that rescaling r at every change would cost. Every parameter group has its own rate and one τ serves
-    them all. lr = 0 sends nothing, keeps r and u, and leaves the group's parameters to themselves.
+    them all. lr = 0 sends nothing, keeps r and u, and leaves the group's parameters to themselves. A rate so small
+    that τ/lr is no number of the parameters' dtype sends nothing either (a warning; counted in held_back), and r grows.
 
     **Inner optimisers.** The law holds with plain SGD inside; momentum in it treats the aggregate as it would treat
     the exact mean gradient. Weight decay stays outside the residual: the inner optimiser decays all weights at every
@@ -128,7 +134,7 @@ class GTC(GTCStages):
         self._most_quanta = MOST_QUANTA // comm.size if multi_quantum else 1
         self._mean_density = MeanDensity()
         self._num_elements = sum(bucket.num_elements for bucket in self._buckets)
-        self._counters.update(dict.fromkeys(("quanta_sent", "carried_over", "clipped"), 0))
+        self._counters.update(dict.fromkeys(COUNTERS, 0))
         self._lay_out()
         self._overlap = Overlap(self) if options.overlap else None
         self._pending: Pending | None = None
@@ -138,7 +144,13 @@ class GTC(GTCStages):
             )
 
     def metrics(self) -> dict[str, float]:
-        """Beside the counts: density of the last step, its mean over 50 steps, τ, and max |r| / τ."""
+        """Beside the counts: density of the last step, its mean over 50 steps, τ, and max |r| / τ.
+
+        carried_over  elements that a capacity made wait
+        clipped       steps in which clip_norm was at work
+        rounded       elements so many times τ (2²⁰ in float32) that r ∓ τ was not exact
+        held_back     buckets in which a rate was too small for τ/lr to be a number of the parameters' dtype
+        """
         metrics = super().metrics()
         densities = self._mean_density.densities
         metrics["density"] = densities[-1] if densities else 0.0
@@ -162,6 +174,16 @@ class GTC(GTCStages):
         self._overlap.begin(weight, scaler)
 
     @torch.no_grad()
+    def abandon_step(self) -> None:
+        """With overlap=True: forget the step that begin_step() has begun, as after an exception. Collective.
+
+        Residuals and weights stay as they were, gradients are dropped, and the step does not count.
+        """
+        if self._overlap is None:
+            raise ValueError("abandon_step() belongs to overlap=True; leave it out")
+        self._overlap.abandon()
+
+    @torch.no_grad()
     def synchronize(self) -> None:
         """With delay=True: apply the step that is still under way."""
         pending, self._pending = self._pending, None
@@ -171,8 +193,6 @@ class GTC(GTCStages):
     # ---- the step -----------------------------------------------------------------------------------------
 
     def _take_step(self, weight: int) -> None:
-        if self.options.momentum and has_momentum(self.param_groups):  # schedulers may bring it in later
-            raise ValueError(MOMENTUM_TWICE.format(self.options.momentum))
         if self._overlap is None:
             self._counters["steps"] += 1
             agreed = self._agree(weight)
@@ -189,11 +209,12 @@ class GTC(GTCStages):
                 gradients, factor = self._sources(number, share)
                 self._average(bucket, gradients, factor, agreed.present)
             self.inner.step()
+            self.synchronize()  # of a state saved with delay=True
             return
         exchanges = self._overlap.commit() if self._overlap is not None else []
         current = Pending(exchanges or self._start_all(share), agreed.present)
+        self.synchronize()
         if self.options.delay:
-            self.synchronize()
             self._pending = current
         else:
             self._apply(current)
@@ -219,7 +240,7 @@ class GTC(GTCStages):
             self._look_back(sum(self._finish(exchange, step.present) for exchange in step.exchanges))
         else:
             for number in range(len(self._buckets)):
-                self._hand_over(number, [], 0.0, step.present)
+                self._hand_over(number, [], 0.0, step.present, self._rates())
         self.inner.step()
 
     def _look_back(self, num_sent: int) -> None:
@@ -240,29 +261,31 @@ class GTC(GTCStages):
         self._counters["clipped"] += 1
         return largest / norm
 
+    def _find_problem(self, weight: Any) -> str:
+        rates = self._rates()
+        if not all(map(math.isfinite, rates)):
+            return f"the learning rate is {next(rate for rate in rates if not math.isfinite(rate))}; give a number"
+        if self.options.momentum and has_momentum(self.param_groups):  # schedulers may bring it in later
+            return MOMENTUM_TWICE.format(self.options.momentum)
+        return super()._find_problem(weight)
+
     def _unscale(self) -> None:
         if self._overlap is None or not self._overlap.has_unscaled:
             super()._unscale()
 
-    def _is_warming_up(self) -> bool:
-        return self._counters["steps"] <= self.options.warmup_steps
-
-    def _largest_factor(self) -> float:
-        return self.comm.size * max(1.0, *self._rates()) / (1 - self.options.momentum)
-
     def _propose_level(self) -> int | None:
         """The level at which the first updates would be sent with the density asked for; the ranks' mean."""
         assert isinstance(self._controller, DensityController)
-        magnitudes = torch.cat([residual.abs().float().cpu() for residual in self._residuals])
+        magnitudes = torch.cat([residual.abs().cpu() for residual in self._residuals])
         wanted = max(1, round(self._controller.target * magnitudes.numel()))
         smallest_sent = float(magnitudes.topk(wanted).values[-1])
         if smallest_sent == 0 and magnitudes.any():
-            smallest_sent = float(magnitudes[magnitudes > 0].min())
+            smallest_sent = float(magnitudes[magnitudes > 0].median())
         found = smallest_sent > 0
         proposals = torch.tensor([nearest_level(smallest_sent) if found else 0, int(found)])
         with self._exchanging():
             total, num_found = self.comm.all_reduce(proposals).tolist()
-        return max(LOWEST_LEVEL, total // num_found) if num_found else None
+        return min(HIGHEST_LEVEL, max(LOWEST_LEVEL, total // num_found)) if num_found else None
 
     # ---- checkpoints --------------------------------------------------------------------------------------
 
@@ -278,7 +301,7 @@ class GTC(GTCStages):
     def _hidden_state(self) -> dict[str, Any]:
         if self._overlap is not None and self._overlap.is_announced:
             raise ValueError(
-                "a step is under way between begin_step() and step(); save and load after step()"
+                "a step is under way between begin_step() and step(); save and load after step() or abandon_step()"
             )
         velocities = self._correction.velocities if self._correction else []
         return {

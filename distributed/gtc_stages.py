@@ -2,17 +2,17 @@
 # N ranks, s share of a rank, g gradient, r residual, τ threshold, c sum of all ranks' counts, n elements of a bucket
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from teacherstudent.distributed import kernels
+from teacherstudent.distributed import kernels, rice
 from teacherstudent.distributed.capacity import choose
 from teacherstudent.distributed.codec import MAX_ELEMENTS, Place, Quanta
-from teacherstudent.distributed.communicators import Handle
-from teacherstudent.distributed.courier import Courier
-from teacherstudent.distributed.delay import take_back
+from teacherstudent.distributed.courier import Arrived, Courier
+from teacherstudent.distributed.delay import count_bytes, take_back
 from teacherstudent.distributed.exchange import (
     NO_QUANTA,
     Exchange,
@@ -23,10 +23,10 @@ from teacherstudent.distributed.exchange import (
     parts_of,
     start_exchange,
 )
-from teacherstudent.distributed.flat import Bucket
+from teacherstudent.distributed.flat import Bucket, all_pieces
 from teacherstudent.distributed.gtc_options import GTCOptions
 from teacherstudent.distributed.momentum import MomentumCorrection
-from teacherstudent.distributed.optimizers import DistributedOptimizer
+from teacherstudent.distributed.optimizers import DistributedOptimizer, max_magnitude
 from teacherstudent.distributed.overlap import cut_buckets
 from teacherstudent.distributed.thresholds import DensityController, FixedThreshold, threshold_at
 
@@ -62,6 +62,8 @@ class GTCStages(DistributedOptimizer):
             )
         for device, dtype in {(residual.device, residual.dtype) for residual in self._residuals}:
             kernels.compile_for(device, dtype)
+        if self.options.codec in ("auto", "rice") or self.options.multi_quantum:
+            rice.load_kernels()
         background = self.options.overlap or self.options.delay
         self._courier = Courier(self.comm) if background else None
 
@@ -91,11 +93,19 @@ class GTCStages(DistributedOptimizer):
             gradients, factor = self._sources(number, share)
         else:
             gradients, factor = uncommitted, share or 0.0
-        parts = self._parts(number, gradients)
+        most = self._most_at(number, place.threshold)
+        parts: list[kernels.Part] = []
+        waiting: list[kernels.Part] = []  # that no gradient could hold a quantum of
+        for piece, part in zip(self._buckets[number].pieces, self._parts(number, gradients)):
+            (parts if most[piece.group] or not part.rate else waiting).append(part)
         commit = uncommitted is None
-        due = kernels.fire(
-            residual, parts, place.threshold, share=factor, most=self._most_quanta, commit=commit
+        if waiting:
+            self._warn_of_waiting(number, place.threshold)
+            kernels.fire(residual, waiting, math.inf, share=factor, commit=commit)
+        fewest = min(
+            (most[piece.group] for piece in self._buckets[number].pieces if most[piece.group]), default=1
         )
+        due = kernels.fire(residual, parts, place.threshold, share=factor, most=fewest, commit=commit)
         quanta, left, cursor = choose(due, self._cursors[number], self._most_elements(self._buckets[number]))
         if len(left):
             kernels.put_back(residual, left, place.threshold, None if commit else parts)
@@ -119,6 +129,7 @@ class GTCStages(DistributedOptimizer):
         number, quanta = fired.place.bucket, fired.quanta
         self._counters["quanta_sent"] += int(quanta.counts.to(torch.int64).abs().sum())
         self._counters["carried_over"] += fired.num_left
+        self._check_exactness(fired)
         self._cursors[number] = fired.cursor
         if self._correction is not None:
             self._correction.mask(number, quanta.indices)
@@ -132,41 +143,106 @@ class GTCStages(DistributedOptimizer):
         """Wait for all ranks' quanta."""
         with self._exchanging():
             received = finish_exchange(exchange)
-        if not isinstance(exchange.handle, Handle):  # another communicator has sent it
-            self._counters["bytes_sent"] += exchange.handle.bytes_sent
+        self._counters["bytes_sent"] += count_bytes(exchange)
         return received
 
     def _finish(self, exchange: Exchange, present: list[bool]) -> int:
         """Give the inner optimiser the sum of all ranks' quanta; how many elements were sent."""
         received, place = self._receive(exchange), exchange.place
-        if self.options.delay:
-            parts = self._parts(place.bucket, [None] * len(self._buckets[place.bucket].pieces))
+        rates, bucket = self._rates(), self._buckets[place.bucket]
+        is_late = self.options.delay or isinstance(exchange.handle, Arrived)
+        num_quanta = max((most_quanta(quanta) for quanta in received), default=1) if is_late else 1
+        most = self._most_at(place.bucket, place.threshold)
+        rates = [rate if count >= num_quanta else 0.0 for rate, count in zip(rates, most)]
+        if is_late:
+            parts = parts_of(bucket, [None] * len(bucket.pieces), rates)
             take_back(self._residuals[place.bucket], parts, received[self.comm.rank], place.threshold)
-        self._hand_over(place.bucket, received, place.threshold, present)
+        self._hand_over(place.bucket, received, place.threshold, present, rates)
         return sum(map(len, received))
 
-    def _hand_over(self, number: int, received: list[Quanta], threshold: float, present: list[bool]) -> None:
+    def _hand_over(
+        self, number: int, received: list[Quanta], threshold: float, present: list[bool], rates: list[float]
+    ) -> None:
         """Give fl(τ·c)/N/lr of the sum of what was received to the inner optimiser."""
         dtype, num_ranks = self._residuals[number].dtype, self.comm.size
-        hand_over(self._buckets[number], received, threshold, num_ranks, self._rates(), present, dtype)
+        hand_over(self._buckets[number], received, threshold, num_ranks, rates, present, dtype)
 
     def _parts(self, number: int, gradients: Sequence[Tensor | None]) -> list[kernels.Part]:
         return parts_of(self._buckets[number], gradients, self._rates())
 
+    def _most_at(self, number: int, threshold: float) -> list[int]:
+        """How many quanta at once the gradients of each parameter group can hold, as τ/lr of their dtype; 0: none."""
+        largest = torch.finfo(self._buckets[number].dtype).max / 2
+        return [int(min(self._most_quanta, largest * abs(rate) / threshold)) for rate in self._rates()]
+
+    def _warn_of_waiting(self, number: int, threshold: float) -> None:
+        self._counters["held_back"] += 1
+        if self._counters["held_back"] == 1:
+            warnings.warn(
+                f"threshold {threshold!r} over lr {min(filter(None, self._rates()))!r} is more than a gradient in "
+                f"{self._buckets[number].dtype} can hold: such residuals grow and are not sent (metrics(): held_back). "
+                "Use float32 weights, or a density in place of a threshold",
+                stacklevel=2,
+            )
+
+    def _check_exactness(self, fired: Fired) -> None:
+        """Looks at the elements that have fired alone; those beyond the limit always do."""
+        residual, quanta = self._residuals[fired.place.bucket], fired.quanta
+        if not len(quanta):
+            return
+        before = residual[quanta.indices].abs() / fired.place.threshold + quanta.counts.abs()
+        num_rounded = int((before > 1 / (8 * torch.finfo(residual.dtype).eps)).sum())
+        if num_rounded and not self._counters["rounded"]:
+            warnings.warn(
+                f"{num_rounded} residuals are so many times the threshold (metrics(): largest_residual) that taking "
+                "quanta out of them rounds, and part of their update is lost (metrics(): rounded). Raise the "
+                "threshold, or use multi_quantum=True or clip_norm against gradients that leap",
+                stacklevel=2,
+            )
+        self._counters["rounded"] += num_rounded
+
     def _most_elements(self, bucket: Bucket) -> int:
         if self.options.capacity is None:
             return bucket.num_elements
-        return max(1, int(self.options.capacity * bucket.num_elements))
+        return math.ceil(self.options.capacity * bucket.num_elements)
 
-    def _rates(self) -> list[float]:
-        """The learning rates of the parameter groups, as they are now."""
-        return [float(group["lr"]) for group in self.param_groups]
+    def _is_warming_up(self) -> bool:
+        return self._counters["steps"] <= self.options.warmup_steps
+
+    def _largest_factor(self) -> float:
+        return self.comm.size * max(1.0, *self._rates()) / (1 - self.options.momentum)
+
+    def _largest_update(self, bucket: Bucket) -> float:
+        """Where a residual is near the largest number, adding this to it changes nothing: it cannot overflow."""
+        if self._is_warming_up():
+            return super()._largest_update(bucket)
+        limits = torch.finfo(residual_dtype(bucket))
+        return limits.max if self.options.clip_norm is not None else limits.max * limits.eps / 4
 
 
 def residual_dtype(bucket: Bucket) -> torch.dtype:
     return torch.float32 if bucket.dtype in (torch.float16, torch.bfloat16) else bucket.dtype
 
 
+def most_quanta(quanta: Quanta) -> int:
+    """The most that one element sends; 1 where there is none."""
+    return int(quanta.counts.abs().max()) if len(quanta) else 1
+
+
 def new_buffers(buckets: list[Bucket]) -> list[Tensor]:
     """A residual, or velocity, (n) of zeros for each bucket."""
     return [bucket.new_zeros(residual_dtype(bucket)) for bucket in buckets]
+
+
+def global_norm(buckets: list[Bucket]) -> float:
+    """The Euclidean norm of all gradients together."""
+    grads = [piece.parameter.grad for piece in all_pieces(buckets) if piece.parameter.grad is not None]
+    norms = []
+    for grad in grads:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        norm = float(torch.linalg.vector_norm(grad, dtype=wide))
+        if norm == math.inf:  # the squares were too large
+            largest = max_magnitude([grad])
+            norm = largest * float(torch.linalg.vector_norm(grad / largest, dtype=wide))
+        norms.append(norm)
+    return math.hypot(*norms)

@@ -17,7 +17,7 @@ from teacherstudent.distributed.flat import Bucket
 from teacherstudent.distributed.optimizers import STATE_KEY
 
 # Every rank counts its own; all else in a state is the same on all ranks.
-COUNTERS_OF_A_RANK = ("bytes_sent", "quanta_sent", "carried_over", "clipped")
+COUNTERS_OF_A_RANK = ("bytes_sent", "quanta_sent", "carried_over", "clipped", "rounded", "held_back")
 
 
 def find_saved_size(state: dict[str, Any]) -> int | None:

@@ -143,11 +143,15 @@ def _cut(parts: Sequence[Part]) -> list[list[Part]]:
             if room <= 0:
                 runs.append([])
                 room = size
-            whole = part.gradient is not None and not part.gradient.is_contiguous()
-            stop = part.stop if whole else min(part.stop, start + room)
-            within = slice(start - part.start, stop - part.start)
-            gradient = part.gradient if whole or part.gradient is None else part.gradient.view(-1)[within]
-            runs[-1].append(Part(start, stop, gradient, part.rate))
+            fits = start == part.start and part.stop <= start + room
+            if fits or (part.gradient is not None and not part.gradient.is_contiguous()):
+                stop, cut = part.stop, part
+            else:
+                stop = min(part.stop, start + room)
+                within = slice(start - part.start, stop - part.start)
+                gradient = None if part.gradient is None else part.gradient.view(-1)[within]
+                cut = Part(start, stop, gradient, part.rate)
+            runs[-1].append(cut)
             room -= stop - start
             start = stop
     return runs

@@ -32,6 +32,7 @@ class MpiCommunicator(Communicator):
     def __init__(self, mpi: "MPI.Comm", device: torch.device, timeout_seconds: float, reduction: str) -> None:
         super().__init__(mpi.Get_rank(), mpi.Get_size(), device, timeout_seconds, reduction)
         self._mpi = mpi
+        self.serves_threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         world = MPI.COMM_WORLD.Get_group()
         self._world_ranks = MPI.Group.Translate_ranks(mpi.Get_group(), list(range(self.size)), world)
 

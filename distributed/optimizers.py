@@ -1,20 +1,28 @@
 """What the distributed optimisers share: wrapping a torch optimiser, agreeing on a step, skipping together."""
 
 import contextlib
-import math
-import operator
-import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from teacherstudent.distributed.communicators import Communicator
-from teacherstudent.distributed.flat import Bucket, all_pieces, describe, hash_parameters, make_buckets
+from teacherstudent.distributed.exchange import checksum_rates
+from teacherstudent.distributed.flat import (
+    Bucket,
+    all_pieces,
+    describe,
+    describe_groups,
+    hash_parameters,
+    make_buckets,
+)
+from teacherstudent.distributed.grad_scaler import tell_scaler
+from teacherstudent.distributed.step_problems import check_weight, find_problem
 
 INITIAL_WEIGHTS = ("broadcast", "check")
 # Where state_dict() keeps what the inner optimiser knows nothing of.
@@ -35,11 +43,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
     """A torch optimiser that trains together with the other ranks of `comm`.
 
     It wraps the caller's optimiser and shares its `param_groups` and `state`, so that schedulers, hooks and
-    GradScaler work on it as on any other. Learning rates may change between any two steps.
+    GradScaler work on it as on any other. Learning rates may change between any two steps, on all ranks alike.
 
-    The constructor is collective. It compares settings, shapes and dtypes between the ranks, and makes the initial
-    weights equal (initial_weights="broadcast", from rank 0) or demands that they are ("check"); the weights are
-    verified by hash either way. What is wrong on any rank is a ValueError on every rank.
+    All parameters that are ever to be trained must require a gradient when it is constructed. They may be frozen
+    later.
+
+    The constructor is collective. It compares settings, shapes, dtypes and parameter groups between the ranks, and
+    makes the initial weights equal (initial_weights="broadcast", from rank 0) or demands that they are ("check"); the
+    weights are verified by hash either way. What is wrong on any rank is a ValueError on every rank.
     """
 
     # GradScaler then always calls step() and leaves unscaling and skipping to it: had one rank alone skipped, the
@@ -64,6 +75,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._counters: dict[str, float] = dict.fromkeys(
             ("steps", "skipped_nonfinite", "skipped_empty", "bytes_sent"), 0
         )
+        self._problem = ""  # of the step at hand
         self._seconds_in_exchange = 0.0  # no part of the state, which is the same for the same training
         if not any(bucket.num_elements for bucket in self._buckets):
             problems = [*problems, "the optimizer has no parameter that requires a gradient"]
@@ -73,6 +85,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._compare_ranks(settings, problems)
             self._equalise_weights(initial_weights)
         self._constructed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, since it holds a communicator; save its state_dict(), "
+            "and load it into another one"
+        )
 
     # ---- surface ------------------------------------------------------------------------------------------
 
@@ -84,17 +102,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         A gradient that is not finite on any rank makes all ranks skip the step; metrics() counts it. Under a
         GradScaler the gradients are unscaled here, and it is told what all ranks found, so that scales stay equal.
+
+        What is wrong on any rank, such as its weight, is a ValueError on every rank that takes part in this step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        weight = check_weight(weight)
         if self.param_groups is not self.inner.param_groups:
             raise RuntimeError("a state was loaded into the inner optimizer; load it into this one instead")
+        self._problem = self._find_problem(weight)
         with torch.no_grad():
             self._unscale()
-            self._take_step(weight)
+            self._take_step(0 if self._problem else check_weight(weight))
+        if self._problem:  # where ranks do not agree on every step
+            raise ValueError(self._problem)
         return loss
 
     def synchronize(self) -> None:
@@ -134,7 +156,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
         self._share()
         self._load_hidden_state(hidden)
-        self._counters = dict(hidden["counters"])
+        self._counters.update(hidden["counters"])
 
     def ranks_to_load(self, saved_size: int) -> list[int]:
         """Whose states this rank needs of a training that `saved_size` workers saved; its own if there are as many."""
@@ -148,7 +170,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._constructed:
             raise ValueError(
-                f"{type(self).__name__} lays its parameters out once; add the group to the inner optimizer first"
+                f"{type(self).__name__} lays its parameters out once; add the group to the inner optimizer before "
+                "constructing it"
             )
         super().add_param_group(param_group)
 
@@ -168,6 +191,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """What a gradient may be multiplied with: a rank that has all the weight has the share N."""
         return self.comm.size
 
+    def _largest_update(self, bucket: Bucket) -> float:
+        """What a gradient may be after that multiplication; above it the step is skipped."""
+        return torch.finfo(bucket.dtype).max
+
+    def _find_problem(self, weight: Any) -> str:
+        """What is wrong on this rank, to be an error on all ranks; empty if nothing is."""
+        return find_problem(weight, self.param_groups, self._buckets, type(self).__name__)
+
     # ---- shared parts -----------------------------------------------------------------------------------------
 
     def _agree(self, weight: int, problem: str = "") -> "Agreement | None":
@@ -182,20 +213,24 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self, weight: int, present: list[bool], nonfinite: bool, problem: str
     ) -> "Agreement | None":
         """present: for each parameter, whether this rank has a gradient. A `problem` is a ValueError on every rank."""
+        problem = self._problem or problem
         troubles = int(nonfinite) + (PROBLEM if problem else 0)
-        facts = torch.tensor([weight, troubles, present.count(False)])
+        rates = checksum_rates(self._rates()) % 2**16
+        facts = torch.tensor([weight, troubles, present.count(False), rates, rates**2])
         with self._exchanging():
             self.comm.all_reduce(facts)
-            total, troubles, num_absent = facts.tolist()
+            total, troubles, num_absent, rates, squares = facts.tolist()
             num_problems, num_nonfinite = divmod(troubles, PROBLEM)
             if num_problems:
-                raise ValueError("; ".join(dict.fromkeys(_with_rank(gather_texts(self.comm, problem)))))
+                raise_together(self.comm, problem)
+            if self.comm.size * squares != rates**2:  # equal only where all are
+                raise_together(self.comm, f"the ranks differ in learning rate: here it is {self._rates()}")
             if num_absent and total and not num_nonfinite:
                 anywhere = self.comm.all_reduce(torch.tensor(present, dtype=torch.int64))
                 present = [count > 0 for count in anywhere.tolist()]
+        tell_scaler(self, bool(num_nonfinite), self.comm.device)
         if num_nonfinite:
             self._counters["skipped_nonfinite"] += 1
-            self._tell_scaler()
             return None
         if not total:
             self._counters["skipped_empty"] += 1
@@ -232,7 +267,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Whether every gradient of a bucket, times the largest factor it can meet, is finite."""
         grads = [piece.parameter.grad for piece in bucket.pieces if piece.parameter.grad is not None]
         grads = [grad for grad in grads if grad.numel()]
-        return not grads or max_magnitude(grads) * self._largest_factor() <= torch.finfo(bucket.dtype).max
+        return not grads or max_magnitude(grads) * self._largest_factor() <= self._largest_update(bucket)
+
+    def _rates(self) -> list[float]:
+        """The learning rates of the parameter groups, as they are now."""
+        return [float(group.get("lr", 0.0)) for group in self.param_groups]
 
     def _unscale(self) -> None:
         scale = getattr(self, "grad_scale", None)  # set by GradScaler while it calls step()
@@ -241,20 +280,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for piece in all_pieces(self._buckets):
             if piece.parameter.grad is not None:
                 piece.parameter.grad.div_(scale.to(piece.parameter.device))
-
-    def _tell_scaler(self) -> None:
-        """Let the GradScaler that called step() lower its scale, also on ranks that saw no Inf themselves.
-
-        It gives the optimiser a copy of what it found, and no other way back than through the stack.
-        """
-        frame = sys._getframe() if hasattr(self, "found_inf") else None
-        while frame is not None:
-            scaler = frame.f_locals.get("self")
-            if isinstance(scaler, torch.amp.GradScaler):
-                for found_inf in scaler._found_inf_per_device(self).values():
-                    found_inf.fill_(1.0)
-                return
-            frame = frame.f_back
 
     @contextlib.contextmanager
     def _exchanging(self) -> Iterator[None]:
@@ -274,15 +299,20 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _compare_ranks(self, settings: Mapping[str, object], problems: list[str]) -> None:
         found = gather_texts(self.comm, "; ".join(problems))
         if any(found):
-            raise ValueError("; ".join(dict.fromkeys(_with_rank(found))))
+            raise_together(self.comm, "; ".join(problems))
         own = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
-        for what, text in (("settings", own), ("parameters", describe(self._buckets))):
+        groups = describe_groups(self.param_groups)
+        for what, text in (("settings", own), ("parameters", describe(self._buckets)), ("groups", groups)):
             texts = gather_texts(self.comm, text)
             differing = [rank for rank, other in enumerate(texts) if other != texts[0]]
             if differing:
+                lines = zip_longest(
+                    texts[0].splitlines(), texts[differing[0]].splitlines(), fillvalue="nothing"
+                )
+                first, other = next((first, other) for first, other in lines if first != other)
                 raise ValueError(
-                    f"the {what} differ between ranks: rank 0 has {texts[0]}, rank {differing[0]} has "
-                    f"{texts[differing[0]]}; build the same model and optimizer on every rank"
+                    f"the {what} differ between ranks: rank 0 has {first}, rank {differing[0]} has {other}; build the "
+                    "same model and optimizer on every rank"
                 )
 
     def _equalise_weights(self, initial_weights: str) -> None:
@@ -298,33 +328,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
 
 
-def check_weight(weight: Any) -> int:
-    try:
-        number = operator.index(weight)
-    except TypeError:
-        raise ValueError(f"weight is {weight!r}; give an integer ≥ 0, such as the number of frames") from None
-    if number < 0:
-        raise ValueError(f"weight is {number}; give an integer ≥ 0, such as the number of frames")
-    return number
-
-
 def max_magnitude(tensors: list[Tensor]) -> float:
     """The largest absolute value of tensors on one device, NaN where there is one."""
     extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
     return float(torch.stack(extremes).abs().max())
-
-
-def global_norm(buckets: list[Bucket]) -> float:
-    """The Euclidean norm of all gradients together."""
-    grads = [piece.parameter.grad for piece in all_pieces(buckets) if piece.parameter.grad is not None]
-    norms = []
-    for grad in grads:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        norm = float(torch.linalg.vector_norm(grad, dtype=wide))
-        if norm == math.inf:  # the squares were too large
-            norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
-        norms.append(norm)
-    return math.hypot(*norms)
 
 
 def scale_of(weight: int, total: int, size: int) -> float:
@@ -351,6 +358,11 @@ def gather_integers(comm: Communicator, row: list[int]) -> list[list[int]]:
     table = torch.zeros(comm.size, len(row), dtype=torch.int64)
     table[comm.rank] = torch.tensor(row)
     return comm.all_reduce(table).tolist()
+
+
+def raise_together(comm: Communicator, text: str) -> None:
+    """Raise on every rank what the ranks with a `text` have to say. Collective."""
+    raise ValueError("; ".join(dict.fromkeys(_with_rank(gather_texts(comm, text)))))
 
 
 def _with_rank(found: list[str]) -> list[str]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from teacherstudent.distributed.exchange import Exchange, Fired
 from teacherstudent.distributed.flat import Bucket, Piece
-from teacherstudent.distributed.optimizers import Agreement, check_weight, scale_of
+from teacherstudent.distributed.optimizers import Agreement, raise_together, scale_of
+from teacherstudent.distributed.step_problems import SPARSE, check_weight, is_dense
 
 
 @dataclass
@@ -64,14 +65,20 @@ class Overlap:
         return self._announced is not None and self._announced.leaves_early
 
     def begin(self, weight: int, scaler: torch.amp.GradScaler | None) -> None:
-        gtc, weight = self._gtc, check_weight(weight)
+        gtc = self._gtc
         if self._announced is not None:
             raise ValueError(
-                "begin_step() came twice in a row; every begin_step() needs its backward() and step()"
+                "begin_step() came twice in a row; every begin_step() needs its backward() and step(), or after an "
+                "exception abandon_step() on every rank"
             )
-        gtc._counters["steps"] += 1
+        problem = gtc._find_problem(weight)
+        weight = 0 if problem else check_weight(weight)
+        facts = torch.tensor([weight, int(bool(problem))])
         with gtc._exchanging():
-            total = int(gtc.comm.all_reduce(torch.tensor(weight)))
+            total, num_problems = gtc.comm.all_reduce(facts).tolist()
+            if num_problems:
+                raise_together(gtc.comm, problem)
+        gtc._counters["steps"] += 1
         self._announced = Announced(
             weight,
             total,
@@ -106,14 +113,26 @@ class Overlap:
             )
         problem = self._find_problem(announced, weight)
         self._announced = None
+        while announced.leaves_early and len(self._departures) < len(self._num_awaited):
+            self._depart(announced)
+        self._versions = {}  # which would keep the gradients alive
         if not announced.leaves_early:
             return self._gtc._agree(weight, problem)
-        while len(self._departures) < len(self._num_awaited):
-            self._depart(announced)
         agreed = self._gtc._agree_on(weight, self._present, not self._finite, problem)
         if agreed is None:
             self._drop()
         return agreed
+
+    def abandon(self) -> None:
+        """Let what has not left leave empty, since other ranks wait for it, and forget the step."""
+        announced, self._announced, self._versions = self._announced, None, {}
+        if announced is None:
+            raise ValueError("abandon_step() came without begin_step(); there is no step to abandon")
+        for number in range(len(self._departures), len(self._num_awaited) if announced.leaves_early else 0):
+            fired = self._gtc._fire_nothing(number)
+            self._departures.append(Departure(fired, [], self._gtc._start(fired)))
+        self._drop()
+        self._gtc._counters["steps"] -= 1
 
     def commit(self) -> list[Exchange]:
         """Make the new residuals the residuals; the exchanges of this step, none if no bucket has left early."""
@@ -137,6 +156,8 @@ class Overlap:
         for piece in bucket.pieces:
             gradient = piece.parameter.grad
             self._present[piece.index] = announced.weight > 0 and gradient is not None
+            if gradient is not None and not is_dense(gradient):
+                raise ValueError(SPARSE)
             if gradient is not None and announced.scale != 1.0:
                 gradient.div_(announced.scale)
         self._finite = self._finite and (not announced.weight or gtc._is_finite(bucket))

@@ -87,6 +87,7 @@ class DensityController:
     GAIN = 2.0
     MAX_LEVELS_UP = 8
     MAX_LEVELS_DOWN = 2
+    LARGEST_EXCESS = 2 ** (MAX_LEVELS_UP / GAIN)
     LOWEST_DENSITY = 1e-9
 
     def __init__(self, density: float, ramp_steps: int = 0) -> None:
@@ -108,7 +109,9 @@ class DensityController:
         """Take note of the density of the step just made, and choose the level of the next one."""
         assert self.level is not None
         self._num_steps += 1
-        self._smoothed += (density - self._smoothed) / self.MEMORY_STEPS
+        # Beyond that the level cannot move up faster, and would go on moving long after the density has come down.
+        limited = min(density, self.LARGEST_EXCESS * self.target)
+        self._smoothed += (limited - self._smoothed) / self.MEMORY_STEPS
         self._steps_since_move += 1
         if self._steps_since_move < self.PATIENCE_STEPS:
             return

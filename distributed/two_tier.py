@@ -18,6 +18,7 @@ from teacherstudent.distributed.block_fragment import Fragment
 from teacherstudent.distributed.bmuf import BMUF, find_problems, is_integer_from
 from teacherstudent.distributed.communicators import Communicator, PeerLost
 from teacherstudent.distributed.exact import ExactAveraging, take_exact_step
+from teacherstudent.distributed.grad_scaler import tell_scaler
 from teacherstudent.distributed.groups import Groups
 from teacherstudent.distributed.gtc import GTC
 from teacherstudent.distributed.gtc_options import GTCOptions
@@ -164,12 +165,12 @@ class TwoTier(DistributedOptimizer):
 
     def _take_step(self, weight: int) -> None:
         num_nonfinite = self._counters["skipped_nonfinite"]
+        self._first._problem = self._problem  # an error on every rank of the group
         with self._explaining():
             self._outer._take_step(weight)
             if self._across is None and self._counters["steps"] % self.block_steps == 0:
                 self._hear_requests()
-        if self._counters["skipped_nonfinite"] > num_nonfinite:
-            self._tell_scaler()
+        tell_scaler(self, self._counters["skipped_nonfinite"] > num_nonfinite, self.comm.device)
 
     def _hear_requests(self) -> None:
         with self._exchanging():

@@ -1,5 +1,6 @@
 """Gradient threshold compression: exact bookkeeping, whatever happens to the learning rate."""
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -67,7 +68,7 @@ class Ledger:
         return self.velocity * self.dtype(rate)
 
     def _choose(self, due: np.ndarray) -> np.ndarray:
-        most = max(1, int(self.options.get("capacity", 1.0) * NUM_ELEMENTS))
+        most = math.ceil(self.options.get("capacity", 1.0) * NUM_ELEMENTS)
         if due.sum() <= most:
             return due
         chosen = np.zeros_like(due)
@@ -93,6 +94,7 @@ class Ledger:
         {"density": 0.05, "codec": "dense"},
         {"threshold": 0.125, "capacity": 0.1},
         {"threshold": 0.125, "capacity": 1e-3},
+        {"threshold": 0.125, "capacity": 0.0139},
         {"density": 0.05, "momentum": 0.9},
         {"density": 0.05, "momentum": 0.9, "momentum_masking": False, "multi_quantum": True},
         {"density": 0.05, "clip_norm": 40.0},

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from teacherstudent.distributed import GTC, Communicator, in_process
+from teacherstudent.distributed import GTC, Communicator, in_process, rice
 
 
 def refuse(message: str, inner: dict[str, Any] | None = None, **options: Any) -> None:
@@ -108,3 +108,22 @@ def test_a_problem_of_one_worker_is_an_error_on_every_worker(options: dict[str, 
             GTC(inner, comm, **(options if comm.rank == 1 else {}))
 
     in_process(3, work, timeout_seconds=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "loads"),
+    [
+        ({}, 1),
+        ({"codec": "rice"}, 1),
+        ({"codec": "words"}, 0),
+        ({"codec": "words", "multi_quantum": True}, 1),
+    ],
+    ids=str,
+)
+def test_what_steps_need_is_compiled_at_construction(options: dict[str, Any], loads: int) -> None:
+    rice.load_kernels.cache_clear()
+    in_process(
+        2, lambda comm: GTC(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1), comm, **options)
+    )
+    assert rice.load_kernels.cache_info().currsize == loads
+    rice.load_kernels()

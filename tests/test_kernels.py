@@ -343,3 +343,27 @@ def test_each_kind_of_residual_has_its_variant() -> None:
         kernels.compile_for(torch.device("cpu"), dtype)
         assert kernels._variant(torch.empty(0, dtype=dtype)) is kernels_numba
     assert kernels._variant(torch.empty(0, device="meta")).__name__.endswith("kernels_torch")
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
+def test_parts_are_cut_only_where_a_threads_share_ends(
+    num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of small parts would otherwise cost a view each. What is cut tiles what was there."""
+    monkeypatch.setattr(kernels_numba, "THREAD_ELEMENTS", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    sizes = [3, 10, 1, 1, 30, 7, 2, 2, 11, 40, 5, 1]
+    stops = np.cumsum(sizes).tolist()
+    values = torch.arange(float(sum(sizes)))
+    parts = [
+        Part(stop - size, stop, None if number == 5 else values[stop - size : stop], 1.0)
+        for number, (size, stop) in enumerate(zip(sizes, stops))
+    ]
+    runs = kernels_numba._cut(parts)
+    pieces = [piece for run in runs for piece in run]
+    assert len(runs) == num_threads
+    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces)][:-1]
+    assert pieces[-1].stop == len(values)
+    for piece in pieces:
+        assert piece.gradient is None or torch.equal(piece.gradient, values[piece.start : piece.stop])
+    assert sum(not any(piece is part for part in parts) for piece in pieces) <= 2 * (num_threads - 1)

@@ -146,7 +146,7 @@ def test_torchs_schedulers_hooks_and_closures_work_on_it(make) -> None:  # type:
         scheduler.step()
         assert calls == ["before", "after"]
         assert inner.param_groups[0]["lr"] == 0.05
-        with pytest.raises(ValueError, match="add the group to the inner optimizer first"):
+        with pytest.raises(ValueError, match="add the group to the inner optimizer before constructing it"):
             optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
 
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +164,68 @@ def test_a_step_that_was_not_finite_leaves_no_gradients_to_add_to() -> None:
     in_process(2, work)
 
 
+@pytest.mark.parametrize("delay", [False, True])
+@pytest.mark.parametrize("stage", ["before backward", "in it", "behind it"])
+def test_a_step_that_one_rank_cannot_go_on_with_is_abandoned_by_all_and_leaves_no_trace(
+    stage: str, delay: bool
+) -> None:
+    def fail(gradient: torch.Tensor) -> None:
+        raise MemoryError
+
+    def work(comm: Communicator) -> None:
+        whole, other = (
+            Trainee(comm, threshold=2**-6, overlap=True, delay=delay, bucket_bytes=SMALL_BUCKETS)
+            for _ in range(2)
+        )
+        for step in range(6):
+            whole.step(step)
+            if step == 3:
+                other.optimizer.zero_grad()
+                other.optimizer.begin_step()
+                hook = other.net.first.weight.register_hook(fail)  # when most buckets have left
+                if comm.rank == 0 or stage == "behind it":
+                    hook.remove()
+                    other.loss(100).backward()
+                elif stage == "in it":
+                    with pytest.raises(MemoryError):
+                        other.loss(100).backward()
+                hook.remove()
+                other.optimizer.abandon_step()
+                assert all(parameter.grad is None for parameter in other.net.parameters())
+            other.step(step)
+            assert_equal(whole.snapshot(), other.snapshot())
+        assert whole.counts() == other.counts()
+
+    in_process(2, work, timeout_seconds=20)
+
+
+def test_a_step_without_a_threshold_yet_is_abandoned_too() -> None:
+    def work(comm: Communicator) -> None:
+        trainee = Trainee(comm, density=0.1, overlap=True)
+        trainee.optimizer.begin_step()
+        trainee.loss(0).backward()
+        trainee.optimizer.abandon_step()
+        trainee.step(0)
+        assert trainee.counts()["steps"] == 1
+        with pytest.raises(ValueError, match=r"abandon_step\(\) came without begin_step\(\)"):
+            trainee.optimizer.abandon_step()
+        with pytest.raises(ValueError, match=r"abandon_step\(\) belongs to overlap=True"):
+            Trainee(comm, density=0.1).optimizer.abandon_step()
+
+    in_process(2, work)
+
+
+def test_gradients_that_are_cleared_after_a_step_are_freed() -> None:
+    [comm] = in_process(1, lambda comm: comm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainee = Trainee(comm, threshold=2**-6, overlap=True, bucket_bytes=SMALL_BUCKETS)
+    trainee.step(0)
+    gradients = [weakref.ref(parameter.grad) for parameter in trainee.net.parameters()]
+    trainee.optimizer.zero_grad()
+    assert all(gradient() is None for gradient in gradients)
+
+
 def weight_differs(trainee: Trainee) -> None:
     trainee.optimizer.begin_step(weight=2)
     trainee.loss(0).backward()
@@ -231,7 +294,7 @@ def saved_in_between(trainee: Trainee) -> None:
     [
         (weight_differs, r"rank 1: begin_step\(\) has weight=2, and step\(\) has weight=3"),
         (no_begin, r"step\(\) came without begin_step\(\)"),
-        (two_begins, r"begin_step\(\) came twice"),
+        (two_begins, r"begin_step\(\) came twice.* abandon_step\(\) on every rank"),
         (second_backward, r"a second backward\(\) came after begin_step\(\)"),
         (clipped, r"gradients changed between backward\(\) and step\(\), as by clipping"),
         (zeroed, r"gradients changed between backward\(\) and step\(\)"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacherstudent.distributed.thresholds import (
+    LEVELS_PER_OCTAVE,
     LOWEST_THRESHOLD,
     DensityController,
     FixedThreshold,
@@ -49,6 +50,18 @@ def test_with_nothing_left_to_send_the_threshold_stops_where_float32_still_holds
     for _ in range(20):
         controller.update(0.5)
     assert controller.level > before
+
+
+def test_a_threshold_that_was_far_too_low_is_not_overshot_and_sending_soon_goes_on() -> None:
+    """Where the density goes as 1/τ², and every element sends until τ is a thousand times larger."""
+    controller, settled = DensityController(1e-3), nearest_level(1.0)
+    controller.level = settled - 10 * LEVELS_PER_OCTAVE
+    levels = []
+    for _ in range(200):
+        controller.update(min(1.0, 1e-3 * threshold_at(controller.level) ** -2))
+        levels.append(controller.level)
+    assert max(levels) <= settled + 3 * LEVELS_PER_OCTAVE
+    assert all(abs(level - settled) <= 2 for level in levels[100:])
 
 
 def test_the_target_of_a_ramp_falls_geometrically_and_stays() -> None:
