@@ -99,7 +99,9 @@ def find_outliers(losses: dict[int, float], factor: float) -> dict[int, str]:
     return {
         rank: f"its loss is {loss:.4g}, the median {median:.4g}"
         for rank, loss in losses.items()
-        if not (math.isfinite(loss) and loss <= factor * median)
+        if not (
+            math.isfinite(loss) and (loss <= factor * median or median == 0)
+        )  # of 0 no loss is a multiple
     }
 
 

@@ -26,9 +26,10 @@ class Exchange:
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self._under_way: list[
-            Tensor
-        ] = []  # what has been started, and is the sender's own until it is finished
+        # What this rank has sent, which a checkpoint holds; a reduction works on copies, and may be over before
+        # anybody waits for it.
+        self._under_way: list[Tensor] = []
+        self._reduced: list[Tensor] = []
         self._handles: list[Handle] = []
 
     def average(self, updates: list[Tensor], share: float) -> None:
@@ -52,12 +53,13 @@ class Exchange:
         """The mean updates of the exchange that was started."""
         for handle in self._handles:
             handle.wait()
-        means, self._under_way, self._handles = self._under_way, [], []
+        means, self._reduced, self._under_way, self._handles = self._reduced, [], [], []
         return [mean.div_(self.comm.size) for mean in means]
 
     def _send(self, updates: list[Tensor]) -> None:
         self._under_way = updates
-        self._handles = [self.comm.start_all_reduce(update) for update in updates]
+        self._reduced = [update.clone() for update in updates]
+        self._handles = [self.comm.start_all_reduce(reduced) for reduced in self._reduced]
 
     def state_dict(self) -> dict[str, Any]:
         return {"under_way": self._under_way}

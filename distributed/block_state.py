@@ -175,11 +175,16 @@ class AdamEstimates(AveragedState):
         num_negative = 0
         for parameter, start, decay in zip(self.parameters, self._starts, decays):
             state = self.inner.state.get(parameter)
-            num_steps = float(state["step"]) - start.step if state else 0.0
+            num_steps = float(decay[2])
             before, start.reach = start.reach, self._momentum * start.reach + self._lr * num_steps
             distance = start.reach + self._momentum * (start.reach * end.is_ahead - before * end.was_ahead)
-            if not state or num_steps <= 0:
-                continue  # the state is what it was
+            if not state:
+                continue
+            if num_steps == 0:  # of any rank: the state is what it was, but for the rounding of the mean
+                state["exp_avg"].copy_(start.exp_avg)
+                state["exp_avg_sq"].copy_(start.exp_avg_sq)
+                state["step"].fill_(start.step)
+                continue
             first, second = self._betas(parameter)
             move_on(state["exp_avg"], start.exp_avg, float(decay[0]), first**distance)
             mean_square = state["exp_avg_sq"].clone()
@@ -203,10 +208,11 @@ class AdamEstimates(AveragedState):
         self.return_to_start()
 
     def _decays(self, parameter: Tensor, start: Estimates) -> Tensor:
-        """β^t (2) of this rank, for both moments."""
+        """β^t of this rank for both moments, and t: (3). The mean of the states' own float32 steps would be rounded."""
         state = self.inner.state.get(parameter)
         num_steps = float(state["step"]) - start.step if state else 0.0
-        return torch.tensor([beta**num_steps for beta in self._betas(parameter)], dtype=torch.float64)
+        decays = [beta**num_steps for beta in self._betas(parameter)]
+        return torch.tensor([*decays, num_steps], dtype=torch.float64)
 
     def _betas(self, parameter: Tensor) -> tuple[float, float]:
         group = next(

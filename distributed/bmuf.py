@@ -59,7 +59,8 @@ class BMUF(DistributedOptimizer):
     delay_steps     merge the mean so many steps after the block's end. The exchange is under way meanwhile, and what
                     the rank learns meanwhile stays on top and belongs to the next block
 
-    A step with weight 0, or with a gradient that is not finite, is left out on its rank alone and counts towards the
+    A step with weight 0, or with a gradient that is not finite, is left out on its rank alone (a GradScaler lowers its
+    scale there alone) and counts towards the
     block's length, so that all ranks reach the block's end together. There they agree by one small all-reduce of
     integers. A rank whose model is not finite, or an outlier, is left out of the average, starts the next block
     from the common model without a state of its own, is named in a warning on every rank, and counted. Learning rates
@@ -118,6 +119,7 @@ class BMUF(DistributedOptimizer):
         """Close a partial block and leave W in the model. Collective; the next block starts from W."""
         self._refuse_inside_global_weights()
         if self._is_warming_up:
+            self._decide(Tally(), is_finite=True)
             return
         agreed: frozenset[str] = frozenset()
         with torch.no_grad():
@@ -187,6 +189,10 @@ class BMUF(DistributedOptimizer):
             if fragment.tally.steps == fragment.num_steps:
                 self._close_block(fragment, ahead=self.nesterov, later=self.delay_steps > 0)
                 fragment.num_steps = self.block_steps
+
+    def _largest_factor(self) -> float:
+        """Outside the warm-up a gradient stays on its rank, as it is."""
+        return super()._largest_factor() if self._is_warming_up else 1.0
 
     @property
     def _is_warming_up(self) -> bool:

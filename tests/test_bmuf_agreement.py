@@ -233,3 +233,33 @@ def test_the_agreement_of_a_block_costs_a_few_integers() -> None:
     assert (
         in_process(2, work) == [8 * NUM_ELEMENTS + 2 * 7 * 8] * 2
     )  # the updates, and 7 integers for each of 2 ranks
+
+
+def test_where_half_of_the_workers_have_no_loss_at_all_nobody_is_an_outlier() -> None:
+    assert find_outliers({0: 0.0, 1: 0.0, 2: 1e-9}, 3.0) == {}
+    assert list(find_outliers({0: 0.0, 1: 0.0, 2: float("inf")}, 3.0)) == [2]
+
+
+def test_a_request_in_the_warm_up_is_heard_when_the_workers_synchronize() -> None:
+    def work(comm: Communicator) -> bool:
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = BMUF(torch.optim.SGD([parameter], lr=0.1), comm, block_steps=50, warmup_steps=9)
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        if comm.rank == 1:
+            optimizer.request("stop")
+        optimizer.synchronize()
+        return optimizer.agreed("stop")
+
+    assert in_process(2, work) == [True, True]
+
+
+def test_a_gradient_that_stays_on_its_worker_may_be_as_large_as_its_type_holds() -> None:
+    def work(comm: Communicator) -> tuple[float, float]:
+        parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
+        optimizer = BMUF(torch.optim.SGD([parameter], lr=2.0**-15), comm, block_steps=50)
+        parameter.grad = torch.full((3,), 40000.0, dtype=torch.float16)
+        optimizer.step()
+        return optimizer.metrics()["skipped_nonfinite"], round(parameter[0].item(), 2)
+
+    assert in_process(2, work) == [(0, -1.22)] * 2

@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict] = {
     "fewer bits": {"wire": "int8"},
     "fragments": {"fragments": 2, "wire": "bf16"},
     "delay": {"delay_steps": 2, "nesterov": False},
+    "delay beside fragments": {"delay_steps": 3, "fragments": 2},
     "everything": {
         "delay_steps": 1,
         "fragments": 2,
@@ -58,6 +59,7 @@ def test_going_on_from_a_checkpoint_at_any_step_is_going_on_and_saving_changes_n
         saved = []
         for step in range(num_steps):
             if saving:
+                comm.barrier()  # which ends whatever was started before it
                 saved.append(copy.deepcopy(optimizer.state_dict()))
             train(comm, parameters, optimizer, step)
         return all_that_counts(parameters, optimizer), saved

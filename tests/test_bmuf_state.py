@@ -243,3 +243,23 @@ def test_a_warm_up_goes_on_with_another_number_of_workers() -> None:
 
     one, other = in_process(2, load)
     assert torch.equal(one, other) and not torch.equal(one, weights[0])
+
+
+def test_adam_rests_exactly_where_no_worker_had_a_gradient_in_a_block() -> None:
+    """Weights that differ round the mean of equal counts of steps, which is no step."""
+
+    def work(comm: Communicator) -> list[tuple[float, bool]]:
+        used, resting = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        inner = torch.optim.Adam([used, resting], lr=0.01)
+        optimizer = BMUF(inner, comm, block_steps=3, local_state="adam")
+        counts = []
+        for step in range(42):
+            used.grad = torch.full((3,), 0.1 + comm.rank)
+            resting.grad = torch.full((3,), 0.2) if step < 6 else None
+            optimizer.step(weight=1 + (step * 389 + 277 * comm.rank) % 900)
+            if step >= 8:
+                counts.append((float(inner.state[resting]["step"]), bool(resting.isfinite().all())))
+        return counts
+
+    for counts in in_process(3, work):
+        assert len(set(counts)) == 1 and counts[0][1]
