@@ -84,7 +84,7 @@ def test_collectives_work_on_real_processes(launcher: str) -> None:
 
 
 @launchers
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", EXAMPLES[:2])  # two workers are one group of the third
 def test_the_examples_train_on_two_workers(launcher: str, example: str) -> None:
     done = launch(launcher, ROOT / "examples" / example)
     assert done.returncode == 0, done.stderr
@@ -105,9 +105,8 @@ def test_the_examples_run_alone(example: str) -> None:
     assert len(script.read_text().splitlines()) <= 60
 
 
-@launchers
-def test_two_tiers_train_on_two_groups_of_two_workers(launcher: str) -> None:
-    done = launch(launcher, ROOT / "examples" / "03_two_tiers.py", num_workers=4)
+def test_two_tiers_train_on_two_groups_of_two_workers() -> None:
+    done = launch("torchrun", ROOT / "examples" / "03_two_tiers.py", num_workers=4)
     assert done.returncode == 0, done.stderr
     assert "4 worker(s) in 2 group(s)" in done.stdout
     losses = [float(line.split()[6]) for line in done.stdout.splitlines() if line.startswith("step")]
