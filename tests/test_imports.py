@@ -16,7 +16,7 @@ LAYERS = [
     "inference shard_folder target_shard catalogue codings store_export experiment dataset store batches training_log "
     "kaldi_tree alignment_index kaldi_alignments ctm textgrid kaldi_inventory training_graphs graph",
     "espeak pronunciation recording corpus sources feature_shards prepare flat_start_shards flat_start "
-    "align_sources align tie workers train trainings label decode graph_sources sclite speed evaluate "
+    "align_sources align tie workers gradient train trainings label decode graph_sources sclite speed evaluate "
     "dry_run report report_data report_errors report_figures report_page report_sections store_commands "
     "store_figures",
     "run cli __main__",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from teacherstudent.config import Schedule
 from teacherstudent.distributed import Communicator, in_process
+from teacherstudent.training import gradient as gradient_module
 from teacherstudent.training import train as train_module
 from teacherstudent.training.batches import Batch
 from teacherstudent.training.checkpoint import load
@@ -42,7 +43,8 @@ def test_a_human_labelled_step_moves_the_weights_by_the_multiplier_also_with_mom
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, multiplier: float
 ) -> None:
     monkeypatch.setattr(train_module, "build_model", lambda *_: Probe())
-    monkeypatch.setattr(train_module, "batch_loss", pull)
+    for module in (gradient_module, train_module):
+        monkeypatch.setattr(module, "batch_loss", pull)
     schedule = Schedule(
         steps=STEPS,
         machine_turn_steps=3,

@@ -15,9 +15,10 @@ from torch.nn import functional
 from teacherstudent.distributed import Communicator, in_process
 from teacherstudent.training import checkpoint
 from teacherstudent.training.batches import Batch, Position, Source
+from teacherstudent.training.gradient import batch_loss
 from teacherstudent.training.models import build_model, model_from_state
 from teacherstudent.training.schedule import HUMAN, MACHINE
-from teacherstudent.training.train import Training, batch_loss, train
+from teacherstudent.training.train import Training, train
 from teacherstudent.training.workers import METHODS
 
 torch.set_num_threads(1)

@@ -16,8 +16,8 @@ from teacherstudent.distributed import Communicator
 from teacherstudent.distributed.optimizers import DistributedOptimizer
 from teacherstudent.progress import hours_bar
 from teacherstudent.training import checkpoint
-from teacherstudent.training.batches import Batch, Position, Source
-from teacherstudent.training.losses import num_frame_errors, posterior_loss, senone_loss
+from teacherstudent.training.batches import Position, Source
+from teacherstudent.training.gradient import Part, batch_loss, compute_gradient
 from teacherstudent.training.models import AcousticModel, build_model, model_state
 from teacherstudent.training.schedule import Plan
 from teacherstudent.training.training_log import TrainingLog
@@ -78,16 +78,17 @@ def train(comm: Communicator, training: Training, sources: Mapping[str, Source],
             for group in optimizer.param_groups:
                 group["lr"] = now.base_learning_rate
             noise = _noise(training.seed, progress.step, comm)
-            loss, errors = _gradient(
-                model, optimizer, batch, noise, training.optimisation.clip_norm, now.multiplier
+            parts = [Part(batch)]
+            [measured], _ = compute_gradient(
+                model, optimizer, parts, noise, training.optimisation, now.multiplier
             )
             optimizer.step(weight=batch.num_frames)
             progress.positions[now.source] = request.after
             progress.step += 1
             progress.frames += batch.num_frames
-            progress.loss += loss
+            progress.loss += measured.loss
             pauses = progress.step % validate_every == 0 or progress.step == len(plan)
-            log.add(now, loss, errors, batch.num_frames)
+            log.add(now, measured.loss, measured.errors, batch.num_frames)
             log.step(progress.step, _hours(progress, comm), optimizer.metrics, pauses)
             bar.update(batch.num_frames * comm.size * FRAME_SHIFT_SECONDS, loss=log.latest)
             if pauses:
@@ -100,41 +101,6 @@ def train(comm: Communicator, training: Training, sources: Mapping[str, Source],
             training.folder / "final.pt", model_state(model, _provenance(training, progress.step))
         )
     comm.barrier()
-
-
-def _gradient(
-    model: AcousticModel,
-    optimizer: DistributedOptimizer,
-    batch: Batch,
-    noise: torch.Generator,
-    clip_norm: float,
-    multiplier: float,
-) -> tuple[float, int | None]:
-    """Leaves the gradient of the mean frame loss in the parameters, clipped, then times the source's multiplier.
-
-    Returns the sums of loss and errors.
-    """
-    if not batch.num_frames:  # this worker has no data in this step: it takes part with weight 0
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        return 0.0, 0
-    optimizer.zero_grad()
-    logits = model(batch.features, batch.lengths, noise)
-    loss, errors = batch_loss(logits, batch)
-    (loss / batch.num_frames).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(multiplier)
-    return float(loss.detach()), errors
-
-
-def batch_loss(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int | None]:
-    """Summed loss, and frame errors where there are human labels."""
-    if batch.senones is not None:
-        return senone_loss(logits, batch.senones), int(num_frame_errors(logits.detach(), batch.senones))
-    assert batch.ids is not None and batch.probabilities is not None
-    return posterior_loss(logits, batch.ids, batch.probabilities), None
 
 
 def _hours(progress: Progress, comm: Communicator) -> float:
