@@ -28,8 +28,8 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 smoke: $(INSTALLED) ## the whole way on made-up speech: corpus to word error rates and a report (minutes)
 	$(BIN)/teacherstudent run $(SMOKE) folder=$(FOLDER)
 
-test: $(INSTALLED) ## every law at its smallest size
-	$(PYTEST)
+test: $(INSTALLED) ## every law at its smallest size, files side by side on at most four cores
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile
 
 test-system: $(INSTALLED) ## what needs Debian packages or root
 	$(PYTEST) -m system

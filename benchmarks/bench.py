@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import bmuf_links
 import gtc
 import gtc_links
 import gtc_loss
@@ -116,6 +117,7 @@ SECTIONS = {
     "gtc": gtc.gtc,
     "gtc-links": gtc_links.gtc_links,
     "gtc-loss": gtc_loss.gtc_loss,
+    "bmuf": bmuf_links.bmuf_links,
     "senones": senones,
     "store": targets.store,
     "label": labelling.label,

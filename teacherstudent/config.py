@@ -265,6 +265,7 @@ class Student(Section):
     network: Network = field(default_factory=lambda: Network(output_delay_frames=4))
     schedule: Schedule = field(default_factory=Schedule)
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(method="gtc"))
+    workers: Natural = 0  # in-process ones that train it when no launcher did; 0: distributed.workers
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     only: str = field(default="", metadata=RUNTIME)  # train this variant alone
 
@@ -382,6 +383,6 @@ def _variant(name: str, table: Any) -> Mapping[str, Any]:
     for key in ("variants", "only"):
         if key in table:
             raise ValueError(
-                f"unknown setting '{where}.{key}'; a variant has network, schedule, optimisation"
+                f"unknown setting '{where}.{key}'; a variant has network, schedule, optimisation, workers"
             )
     return table

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ class Step:
     alone: Alone | None = None
     together: Together | None = None
     network: Network | None = None  # that every worker trains
+    workers: int = 0  # in-process ones, where it has a number of its own
     always: bool = False  # run it each time: it is quick, and looks at what may have changed outside
 
 
@@ -81,6 +82,7 @@ def find_steps(experiment: Experiment, name: str) -> list[Step]:
                 (f"students/{student_name}",),
                 together=partial(train_student, name=student_name),
                 network=student.network,
+                workers=student.workers,
             )
             for student_name, student in students.items()
             if only in ("", student_name)
@@ -139,7 +141,9 @@ def _run_together(experiment: Experiment, comm: Communicator, step: Step, functi
     comm.barrier()
     started = time.time()
     work = partial(function, experiment)
-    outputs = run_workers(comm, experiment.config.distributed, work, _worker_bytes(experiment, step))
+    settings = experiment.config.distributed
+    settings = replace(settings, workers=step.workers or settings.workers)
+    outputs = run_workers(comm, settings, work, _worker_bytes(experiment, step))
     if comm.rank == 0:
         with _recording(experiment, step):
             if not experiment.is_done(step.record, step.after):  # who came first has written it

@@ -97,6 +97,15 @@ def test_a_second_run_does_nothing_and_changes_nothing(tiny_experiment: Path, tm
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")} == before
 
 
+def test_a_student_may_have_a_number_of_workers_of_its_own(tiny_experiment: Path, tmp_path: Path) -> None:
+    folder = copy_without(tiny_experiment, tmp_path / "own", "student-gtc", "evaluate", "report")
+    own = ["student.only=gtc", "student.variants.gtc.workers=3"]
+    done = teacherstudent("student", TINY, f"folder={folder}", *own)
+    assert done.returncode == 0, done.stderr
+    latest = folder / "students" / "gtc" / "checkpoint" / "latest.json"
+    assert json.loads(latest.read_text(encoding="utf-8"))["num_workers"] == 3
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
 @pytest.mark.parametrize("student", ["gtc", "bmuf"])
 def test_a_launched_student_equals_the_one_trained_by_in_process_workers(

@@ -1,0 +1,234 @@
+"""GTC, BMUF, two tiers and exact averaging with 1 to 64 workers on the same data, each at its own learning rate.
+
+    python examples/smoke/methods.py [--workers 1 4 16 64] [--seeds 3 4] [--folder experiments/methods]
+
+On the corpus of smoke.toml, with in-process workers. Every training reads the same number of frames: with N workers
+1/N of the steps. The learning rate of each method and number of workers is chosen on the development speakers of
+seed 0, from one grid of powers of two: the rate is moved by a factor of two for as long as the frame error falls. The
+table is made of other seeds and another split of the speakers, which no choice has seen. What was trained before is
+not trained again.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = ROOT / "examples/smoke/smoke.toml"
+CHOICE_SEED = 0
+CHOICE_SPLIT, SPLIT = 3, 4  # of the speakers: for choices, and for the table
+MICRO_BATCHES, BATCH_FRAMES, VALIDATIONS = 6144, 240, 4
+MOST_MOMENTUM = 1 - 1 / 16  # 64 workers' own, 1 - 1/64, would need 192 blocks, more than there are steps
+NETWORK = {"layers": 2, "cells": 64, "dropout": 0.0}  # smaller than smoke.toml's: there are many trainings
+FIRST_EXPONENT = {"exact": -1, "gtc": -1, "bmuf": -4, "two-tiers": -2}  # where the search of a rate begins
+EXPONENTS = range(-7, 5)  # the grid: 2 ** exponent
+FILLED = 3  # times 1 / (1 - momentum): so many blocks a run has at least, or the filter never fills
+JOBS = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method with so many workers."""
+
+    method: str
+    workers: int
+    group_size: int = 1
+
+    @property
+    def steps(self) -> int:
+        return MICRO_BATCHES // self.workers
+
+    @property
+    def momentum(self) -> float:
+        """The default of so many workers, or groups, up to MOST_MOMENTUM."""
+        return min(MOST_MOMENTUM, 1 - self.group_size / self.workers)
+
+    @property
+    def block_steps(self) -> int:
+        """About 50, but fewer where the filter would not fill."""
+        return max(1, min(50, int(self.steps * (1 - self.momentum) / FILLED)))
+
+    @property
+    def is_blockwise(self) -> bool:
+        return self.method in ("bmuf", "two-tiers")
+
+    @property
+    def label(self) -> str:
+        if not self.is_blockwise:
+            return self.method
+        groups = f", groups of {self.group_size}" if self.group_size > 1 else ""
+        return f"{self.method} (momentum {self.momentum:.3g}, blocks of {self.block_steps}{groups})"
+
+    def name(self, exponent: int) -> str:
+        """Of its student."""
+        return f"{self.method}-n{self.workers}-r{exponent - EXPONENTS.start}"
+
+    def variant(self, exponent: int) -> dict[str, Any]:
+        """Its student, as a table of the configuration."""
+        schedule = {
+            "mode": "interleaved",
+            "steps": self.steps,
+            "warmup_steps": self.steps // 50,
+            "validate_every_steps": self.steps // VALIDATIONS,
+        }
+        optimisation: dict[str, Any] = {
+            "method": self.method,
+            "batch_frames": BATCH_FRAMES,
+            "learning_rate": 2.0**exponent,
+            "density": 0.1,
+            "multi_quantum": True,
+        }
+        if self.is_blockwise:
+            optimisation |= {
+                "block_steps": self.block_steps,
+                "block_momentum": self.momentum,
+                "group_size": self.group_size,
+            }
+        return {
+            "workers": self.workers,
+            "network": NETWORK,
+            "schedule": schedule,
+            "optimisation": optimisation,
+        }
+
+
+def list_cells(workers: list[int]) -> list[Cell]:
+    """One worker has nobody to share with: BMUF is plain SGD there, and two tiers are GTC."""
+    cells = []
+    for number in workers:
+        cells += [Cell("exact", number), Cell("gtc", number)]
+        if number > 1:
+            group_size = round(number**0.5)
+            cells += [Cell("bmuf", number), Cell("two-tiers", number, group_size)]
+    return cells
+
+
+class Runs:
+    """The experiments in a folder, one a seed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_tried = 0
+        self.frame_error = cache(self._frame_error)
+
+    def prepare(self, seed: int, students: Iterable[tuple[Cell, int]]) -> None:
+        """The configuration with its students, and all that comes before them."""
+        tables = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
+        tables |= {"seed": seed, "folder": str(self.folder / f"seed{seed}")}
+        tables["corpus"]["split"] = CHOICE_SPLIT if seed == CHOICE_SEED else SPLIT
+        tables["student"]["variants"] = {
+            cell.name(exponent): cell.variant(exponent) for cell, exponent in students
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._config(seed).write_text(tomli_w.dumps(tables), encoding="utf-8")
+        for step in ("corpus", "prepare", "align", "senones", "teacher", "label"):
+            self._call(seed, step)
+
+    def _config(self, seed: int) -> Path:
+        return self.folder / f"seed{seed}.toml"
+
+    def _frame_error(self, cell: Cell, exponent: int, seed: int = CHOICE_SEED) -> float:
+        """The lowest on the development speakers, trained first if need be; infinite where training diverges."""
+        name = cell.name(exponent)
+        done = self._call(seed, "student", f"student.only={name}", may_diverge=True)
+        self.num_tried += seed == CHOICE_SEED
+        return min(self.validations(name, seed, "dev_frame_error")) if done else float("inf")
+
+    def validations(self, name: str, seed: int, figure: str) -> list[float]:
+        """In the order in which they were made."""
+        path = self.folder / f"seed{seed}" / "students" / name / "log.jsonl"
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line[figure] for line in lines if figure in line]
+
+    def choose_exponent(self, cell: Cell) -> int:
+        """Uphill on the grid until both neighbours are worse, or the grid ends."""
+        best = FIRST_EXPONENT[cell.method]
+        for direction in (1, -1):
+            while best + direction in EXPONENTS and self.frame_error(
+                cell, best + direction
+            ) < self.frame_error(cell, best):
+                best += direction
+        print(
+            f"{cell.workers} workers, {cell.label}: learning rate {2.0**best:g}, "
+            f"frame error {self.frame_error(cell, best):.1f} %",
+            flush=True,
+        )
+        return best
+
+    def word_error_rates(self, seed: int, chosen: dict[Cell, int]) -> dict[Cell, dict[str, float]]:
+        """Of every cell by condition: test speakers are decoded once."""
+        self._call(seed, "evaluate")
+        path = self.folder / f"seed{seed}" / "evaluate" / "results.json"
+        systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
+        return {
+            cell: {
+                name: condition["word_error_rate"]
+                for name, condition in systems[cell.name(exponent)]["conditions"].items()
+            }
+            for cell, exponent in chosen.items()
+        }
+
+    def _call(self, seed: int, step: str, *settings: str, may_diverge: bool = False) -> bool:
+        """Whether it ended well."""
+        command = [sys.executable, "-m", "teacherstudent", step, str(self._config(seed)), *settings]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode and not (may_diverge and "diverged" in done.stderr):
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        return not done.returncode
+
+
+def table(runs: Runs, seeds: list[int], chosen: dict[Cell, int]) -> str:
+    """Markdown: mean and every seed's own figure."""
+    rates = {seed: runs.word_error_rates(seed, chosen) for seed in seeds}
+    conditions = list(next(iter(rates[seeds[0]].values())))
+    lines = [
+        f"| workers | method | learning rate | dev loss | dev frame error, % | {' | '.join(conditions)} |",
+        "| ---: | --- | ---: |" + " --- |" * (2 + len(conditions)),
+    ]
+    for cell, exponent in chosen.items():
+        name = cell.name(exponent)
+        losses = [runs.validations(name, seed, "dev_loss")[-1] for seed in seeds]
+        errors = [min(runs.validations(name, seed, "dev_frame_error")) for seed in seeds]
+        words = [[rates[seed][cell][condition] for seed in seeds] for condition in conditions]
+        figures = [several(losses, 3), *(several(values, 1) for values in (errors, *words))]
+        lines.append(f"| {cell.workers} | {cell.label} | {2.0**exponent:g} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def several(values: list[float], digits: int) -> str:
+    own = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{statistics.mean(values):.{digits}f} ({own})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--folder", type=Path, default=ROOT / "experiments/methods")
+    options = parser.parse_args()
+    runs, cells = Runs(options.folder), list_cells(options.workers)
+    runs.prepare(CHOICE_SEED, itertools.product(cells, EXPONENTS))
+    with ThreadPoolExecutor(JOBS) as pool:
+        chosen = dict(zip(cells, pool.map(runs.choose_exponent, cells), strict=True))
+        print(f"{runs.num_tried} trainings tried")
+        list(pool.map(lambda seed: runs.prepare(seed, chosen.items()), options.seeds))
+        again = [(cell, exponent, seed) for seed in options.seeds for cell, exponent in chosen.items()]
+        list(pool.map(lambda training: runs.frame_error(*training), again))
+    print(f"\nmean (seeds {', '.join(map(str, options.seeds))}); word error rates in %\n")
+    print(table(runs, options.seeds, chosen))
+
+
+if __name__ == "__main__":
+    main()
