@@ -5,12 +5,27 @@ import math
 import statistics
 import struct
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from teacherstudent.distributed.communicators import Communicator
-from teacherstudent.distributed.optimizers import gather_integers, scale_of
+from teacherstudent.distributed.optimizers import (
+    gather_integers,
+    gather_texts,
+    raise_together,
+    scale_of,
+)
 
 REQUESTS = ("stop", "checkpoint")
+# Of a rank, worse from one to the next: why it is left out.
+HEALTH = (
+    "",
+    "its model is not finite",
+    "its optimizer's state is not finite",
+    "its buffers are not finite",
+)
+PROBLEM = len(HEALTH)  # nobody can go on
 
 
 @dataclass
@@ -40,6 +55,16 @@ class Tally:
         return self.loss_sum / self.loss_weight if self.loss_weight else math.nan
 
 
+@dataclass
+class Report:
+    """What a rank says of itself at a block's end."""
+
+    tally: Tally = field(default_factory=Tally)
+    health: int = 0  # index into HEALTH
+    requests: Set[str] = frozenset()
+    problem: str = ""  # to be an error on every rank
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The outcome, the same on every rank."""
@@ -53,23 +78,24 @@ class Verdict:
         return any(self.shares)
 
 
-def agree(
-    comm: Communicator, tally: Tally, is_finite: bool, requests: Set[str], outlier_factor: float | None
-) -> Verdict:
+def agree(comm: Communicator, report: Report, outlier_factor: float | None) -> Verdict:
     """Decide whose models are averaged, and how much each counts. Collective.
 
-    A rank whose model is not finite is left out. So, with an `outlier_factor`, is one whose mean loss is not finite
-    or more than that factor times the median (the lower one of two) of the ranks that have trained.
+    A rank whose model, state or buffers are not finite is left out. So, with an `outlier_factor`, is one whose mean
+    loss is not finite or more than that factor times the median (the lower one of two) of the ranks that have trained.
 
-    Raises on every rank: ValueError where ranks meet at different steps, or one has trained without reporting its
-    loss; FloatingPointError where ranks are left out and nobody else has trained.
+    Raises on every rank: ValueError where a rank reports a problem, where ranks meet at different steps, or one has
+    trained without reporting its loss; FloatingPointError where ranks are left out and nobody else has trained.
     """
-    flags = [int(name in requests) for name in REQUESTS]
+    tally, health = report.tally, PROBLEM if report.problem else report.health
+    flags = [int(name in report.requests) for name in REQUESTS]
     loss_bits = struct.unpack("<q", struct.pack("<d", tally.loss))[0]
-    row = [tally.steps, tally.weight, int(is_finite), int(tally.loss_weight > 0), loss_bits, *flags]
-    steps, weights, finite, has_loss, bits, *asked = zip(*gather_integers(comm, row))
+    row = [tally.steps, tally.weight, health, int(tally.loss_weight > 0), loss_bits, *flags]
+    steps, weights, states, has_loss, bits, *asked = zip(*gather_integers(comm, row))
+    if PROBLEM in states:
+        raise_together(comm, report.problem)
     check_steps(steps, comm.member)
-    left_out = {rank: "its model is not finite" for rank, flag in enumerate(finite) if not flag}
+    left_out = {rank: HEALTH[state] for rank, state in enumerate(states) if state}
     if outlier_factor is not None:
         trained = [rank for rank, weight in enumerate(weights) if weight and rank not in left_out]
         check_losses([rank for rank in trained if not has_loss[rank]], comm.member)
@@ -85,6 +111,25 @@ def agree(
         )
     shares = [scale_of(weight, total, comm.size) if total else 0.0 for weight in kept]
     return Verdict(shares, left_out, frozenset(name for name, flags in zip(REQUESTS, asked) if any(flags)))
+
+
+def pool(comm: Communicator, report: Report) -> Report:
+    """That of all ranks of `comm` together, which have taken the same steps. Collective."""
+    tally = report.tally
+    row = [
+        tally.weight, tally.loss_sum, tally.loss_weight, PROBLEM if report.problem else report.health,
+        *(name in report.requests for name in REQUESTS),
+    ]  # fmt: skip
+    rows = [part.tolist() for part in comm.all_gather(torch.tensor(row, dtype=torch.float64))]
+    weights, loss_sums, loss_weights, states, *flags = zip(*rows)
+    health, problem = int(max(states)), ""
+    if health == PROBLEM:
+        found = gather_texts(comm, report.problem)
+        named = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]
+        problem = found[0] if len(set(found)) == 1 else "; ".join(named)
+    asked = {name for name, column in zip(REQUESTS, flags) if any(column)}
+    pooled = Tally(tally.steps, int(sum(weights)), sum(loss_sums), int(sum(loss_weights)))
+    return Report(pooled, health, asked, problem)
 
 
 def check_request(call: str, what: str) -> None:

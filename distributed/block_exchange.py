@@ -8,6 +8,7 @@ Interspeech 2014; on both ways: H. Tang et al., "DoubleSqueeze", ICML 2019).
 # N ranks, n elements of a buffer, s share of a rank (N·w/W)
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -64,9 +65,23 @@ class Exchange:
     def state_dict(self) -> dict[str, Any]:
         return {"under_way": self._under_way}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Also starts again what was under way: all ranks load together."""
-        self._send([update.clone() for update in state["under_way"]])
+    def load_state_dict(self, state: dict[str, Any], devices: list[torch.device]) -> None:
+        """Also starts again what was under way: all ranks load together. `devices`: that of each buffer."""
+        num_parts = len(state["under_way"]) // len(devices)  # messages of a buffer, or the buffer itself
+        self._send(
+            [
+                tensor.to(devices[number // num_parts], copy=True)
+                for number, tensor in enumerate(state["under_way"])
+            ]
+        )
+
+    def reset(self) -> None:
+        """Nothing is under way, and nothing kept back."""
+        self._under_way, self._reduced, self._handles = [], [], []
+
+    def take_over(self, residuals: list[Tensor]) -> bool:
+        """Start with what has been kept back elsewhere; whether there is a place for it."""
+        return False
 
 
 class CompressedExchange(Exchange):
@@ -123,9 +138,7 @@ class CompressedExchange(Exchange):
         return message
 
     def _slices(self, buffer: Tensor) -> list[Tensor]:
-        """The part of a buffer that each rank owns, in rank order."""
-        bounds = [buffer.numel() * rank // self.comm.size for rank in range(self.comm.size + 1)]
-        return [buffer[start:stop] for start, stop in pairwise(bounds)]
+        return slices_of(buffer, self.comm.size)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -134,11 +147,22 @@ class CompressedExchange(Exchange):
             "slice_residuals": self._slice_residuals,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], devices: list[torch.device]) -> None:
+        self.reset()  # what was saved without bits to spare has kept nothing back
         for name, kept in (("residuals", self._residuals), ("slice_residuals", self._slice_residuals)):
-            for residual, saved in zip(kept, state[name], strict=True):
+            for residual, saved in zip(kept, state.get(name, kept), strict=True):
                 residual.copy_(saved)
-        super().load_state_dict(state)
+        super().load_state_dict(state, devices)
+
+    def reset(self) -> None:
+        super().reset()
+        for residual in (*self._residuals, *self._slice_residuals):
+            residual.zero_()
+
+    def take_over(self, residuals: list[Tensor]) -> bool:
+        for residual, folded in zip(self._residuals, residuals, strict=True):
+            residual.copy_(folded)
+        return True
 
 
 class Wire(ABC):
@@ -193,6 +217,18 @@ WIRES: dict[str, Wire | None] = {
 }
 
 
+def average_tensors(comm: Communicator, tensors: Iterable[Tensor], share: float) -> None:
+    """Replace tensors of any shapes by Σ s·tensor / N over all ranks, in one buffer for each dtype. Collective."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        Exchange(comm).average([flat], share)
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group])):
+            tensor.copy_(part.view(tensor.shape))
+
+
 def weigh(update: Tensor, share: float) -> None:
     """Multiply in place; share 0 gives zeros also where the update is not finite."""
     if not share:
@@ -205,6 +241,12 @@ def make_exchange(comm: Communicator, buffers: list[Tensor], wire: str) -> Excha
     """For buffers like these; one rank alone has nothing to exchange, and rounds nothing."""
     chosen = WIRES[wire]
     return Exchange(comm) if chosen is None or comm.size == 1 else CompressedExchange(comm, buffers, chosen)
+
+
+def slices_of(buffer: Tensor, size: int) -> list[Tensor]:
+    """The part of a buffer (n) that each of `size` ranks owns, in rank order."""
+    bounds = [buffer.numel() * rank // size for rank in range(size + 1)]
+    return [buffer[start:stop] for start, stop in pairwise(bounds)]
 
 
 def residual_dtype(buffer: Tensor) -> torch.dtype:

@@ -72,8 +72,8 @@ class Fragment:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Everything but the parameters themselves."""
         self.filter.load_state_dict(state["filter"])
-        self.exchange.load_state_dict(state["exchange"])
-        self.local.load_state_dict(state["local"])
+        self.exchange.load_state_dict(state["exchange"], [flat.device for flat in self.filter.weights])
+        self._load_local_state(state)
         self.tally = Tally(**state["tally"])
         self.num_steps = state["num_steps"]
         self.own = state["own"]
@@ -81,13 +81,33 @@ class Fragment:
             self.own = [flat.to(own.device, copy=True) for flat, own in zip(self.own, self.filter.weights)]
         self._next_is_ahead = state["next_is_ahead"]
 
-    def load_common_state(self, state: dict[str, Any]) -> None:
-        """What does not depend on the rank; a block starts there."""
+    def load_common_state(self, state: dict[str, Any]) -> int:
+        """What does not depend on the rank; a block starts there. How many elements of residuals are lost with it."""
         self.filter.load_state_dict(state["filter"])
-        self.local.load_state_dict(state["local"])
+        self._load_local_state(state)
         self.local.return_to_start()
         self.filter.start_block(self.filter.is_ahead)
         self.tally, self.own = Tally(), None
+        exchange = state["exchange"]
+        residuals = [*exchange.get("residuals", ()), *exchange.get("slice_residuals", ())]
+        folded = exchange.get("folded", [])
+        self.exchange.reset()
+        if folded and self.exchange.take_over(folded):
+            folded = []
+        return sum(int(residual.count_nonzero()) for residual in (*residuals, *folded))
+
+    def load_warm_up(self, state: dict[str, Any], own: list[Tensor]) -> None:
+        """Of a training in which no block has begun yet."""
+        self.filter.load_state_dict(state["filter"])
+        self.filter.write(own)
+        self.exchange.reset()
+        self.tally, self.own = Tally(), None
+
+    def _load_local_state(self, state: dict[str, Any]) -> None:
+        if bool(state["local"]) == bool(self.local.state_dict()):
+            self.local.load_state_dict(state["local"])
+        else:  # where ranks have the same, or need nothing
+            self.local.begin()
 
 
 def split_buckets(buckets: list[Bucket], num_parts: int) -> list[list[Bucket]]:

@@ -8,15 +8,15 @@ it varies by 0.05; from keep to reset, on the same seed, by −0.015 to 0.002. L
 # s share of a rank (N·w/W), β decay of a moment, t steps of Adam in a block, η block momentum, ζ block learning rate
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teacherstudent.distributed.block_exchange import Exchange
+from teacherstudent.distributed.block_exchange import average_tensors
 from teacherstudent.distributed.communicators import Communicator
+from teacherstudent.distributed.flat import stay_finite
 from teacherstudent.distributed.optimizers import gather_texts
 
 # torch counts steps in float32, where adding 1 ends at 2²⁴. By then there is no bias left to correct.
@@ -43,6 +43,12 @@ class LocalState:
     def begin(self) -> None:
         """The first block starts, with the same state on every rank."""
 
+    def is_finite(self) -> bool:
+        """Whether every moment and count is, also when it is weighted: the share of one rank can be N."""
+        states = (self.inner.state.get(parameter, {}) for parameter in self.parameters)
+        values = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return stay_finite(filter(Tensor.is_floating_point, values), self.comm.size)
+
     def end_block(self, end: BlockEnd) -> int:
         """What happens at a block's end. Collective; the number of elements at which a guard has acted."""
         return 0
@@ -65,6 +71,9 @@ class LocalState:
 class FreshState(LocalState):
     """Every block starts without any state."""
 
+    def is_finite(self) -> bool:
+        return True  # whatever it is, it goes
+
     def end_block(self, end: BlockEnd) -> int:
         self.start_again()
         return 0
@@ -78,7 +87,7 @@ class AveragedState(LocalState):
     """
 
     def end_block(self, end: BlockEnd) -> int:
-        self._average(self._common_tensors(), end.share)
+        average_tensors(self.comm, self._common_tensors(), end.share)
         return 0
 
     def _common_tensors(self) -> list[Tensor]:
@@ -104,16 +113,6 @@ class AveragedState(LocalState):
                     state[name] = like if kind == "tensor" else like.new_zeros((), device=device)
                 tensors.append(state[name])
         return tensors
-
-    def _average(self, tensors: Iterable[Tensor], share: float) -> None:
-        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
-            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        for group in groups.values():
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            Exchange(self.comm).average([flat], share)
-            for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group])):
-                tensor.copy_(part.view(tensor.shape))
 
 
 @dataclass
@@ -171,7 +170,7 @@ class AdamEstimates(AveragedState):
     def end_block(self, end: BlockEnd) -> int:
         tensors = self._common_tensors()
         decays = [self._decays(*pair) for pair in zip(self.parameters, self._starts)]
-        self._average([*tensors, *decays], end.share)
+        average_tensors(self.comm, [*tensors, *decays], end.share)
         num_negative = 0
         for parameter, start, decay in zip(self.parameters, self._starts, decays):
             state = self.inner.state.get(parameter)

@@ -10,24 +10,32 @@ the model.
 # N ranks, W global weights, Δ filtered update, η block momentum, ζ block learning rate, G mean update of a block
 
 import contextlib
-import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teacherstudent.distributed.block_agreement import Tally, Verdict, agree, check_request
-from teacherstudent.distributed.block_exchange import WIRES, make_exchange
+from teacherstudent.distributed.block_agreement import Report, Tally, Verdict, agree, check_request
+from teacherstudent.distributed.block_exchange import make_exchange
 from teacherstudent.distributed.block_filter import BlockFilter
+from teacherstudent.distributed.block_fold import fold_exchanges
 from teacherstudent.distributed.block_fragment import Fragment, split_buckets
-from teacherstudent.distributed.block_state import LOCAL_STATES, is_plain_adam, make_local_state
+from teacherstudent.distributed.block_settings import (
+    SETTINGS,
+    Progress,
+    check_settings,
+    find_problems,
+    warn_of_lost,
+)
+from teacherstudent.distributed.block_state import make_local_state
 from teacherstudent.distributed.communicators import Communicator
 from teacherstudent.distributed.exact import take_exact_step
-from teacherstudent.distributed.flat import Bucket
+from teacherstudent.distributed.flat import Bucket, stay_finite
 from teacherstudent.distributed.grad_scaler import tell_scaler
-from teacherstudent.distributed.optimizers import DistributedOptimizer, max_magnitude
+from teacherstudent.distributed.gtc_state import ranks_to_fold
+from teacherstudent.distributed.optimizers import STATE_KEY, DistributedOptimizer
 
 
 class BMUF(DistributedOptimizer):
@@ -57,18 +65,25 @@ class BMUF(DistributedOptimizer):
     fragments       cut the model into so many parts whose blocks end one after the other, each after
                     block_steps / fragments steps more: smaller exchanges, as many bytes
     delay_steps     merge the mean so many steps after the block's end. The exchange is under way meanwhile, and what
-                    the rank learns meanwhile stays on top and belongs to the next block
+                    the rank learns meanwhile stays on top and belongs to the next block. A native reduction (NCCL) is
+                    hidden whole; of the two rounds of an ordered one, and of any wire but "full", the first, with
+                    half of the bytes: the second is made at the merge
+    model           the whole model: its buffers come together at each block's end, with those of the last fragment
 
     A step with weight 0, or with a gradient that is not finite, is left out on its rank alone (a GradScaler lowers its
     scale there alone) and counts towards the
     block's length, so that all ranks reach the block's end together. There they agree by one small all-reduce of
-    integers. A rank whose model is not finite, or an outlier, is left out of the average, starts the next block
-    from the common model without a state of its own, is named in a warning on every rank, and counted. Learning rates
-    may change inside a block.
+    integers. A rank whose model, optimiser's state or buffers are not finite (also when weighted: its share can be N),
+    or an outlier, is left out of the average, starts the next block from the common model without a state of its own,
+    is named in a warning on every rank, and counted. Learning rates may change inside a block.
+
+    A state can be loaded with other settings where that goes on as well (find_conflicts says which), and with another
+    number of workers: at the last block's start, with what `wire` has kept back where load_state_dicts has all states.
 
     Raises ValueError on every rank where a setting is out of range, where settings, shapes or initial weights
-    differ between ranks, and where ranks meet at different steps of their blocks; FloatingPointError on every rank
-    where no rank that has trained can be used.
+    differ between ranks, where ranks meet at different steps of their blocks, and what `step` raises: a rank with a
+    wrong weight or gradient waits inside `step` for the others to reach the block's end. FloatingPointError on every
+    rank where no rank that has trained can be used.
     """
 
     def __init__(
@@ -87,10 +102,11 @@ class BMUF(DistributedOptimizer):
         fragments: int = 1,
         delay_steps: int = 0,
         initial_weights: str = "broadcast",
+        model: torch.nn.Module | None = None,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in SETTINGS}
         problems = find_problems(settings, optimizer)
-        super().__init__(optimizer, comm, settings, problems, initial_weights)
+        super().__init__(optimizer, comm, settings, problems, initial_weights, model)
         self.block_steps = block_steps
         self.block_momentum = 1 - 1 / comm.size if block_momentum is None else block_momentum
         self.block_lr = block_lr
@@ -99,6 +115,7 @@ class BMUF(DistributedOptimizer):
         self.local_state = local_state
         self.outlier_factor = outlier_factor
         self.wire = wire
+        self.fragments = fragments
         self.delay_steps = delay_steps
         self._fragments = [
             self._make_fragment(buckets) for buckets in split_buckets(self._buckets, fragments)
@@ -108,7 +125,7 @@ class BMUF(DistributedOptimizer):
         self._requests: set[str] = set()
         self._agreed: frozenset[str] = frozenset()
         self._set_aside: list[list[Tensor]] | None = None  # the rank's own weights while the model shows W
-        self._counters |= dict.fromkeys(("blocks", "ranks_left_out", "moments_guarded"), 0)
+        self._counters |= dict.fromkeys(("blocks", "ranks_left_out", "moments_guarded", "residuals_lost"), 0)
         if comm.size == 1 and block_momentum is None:
             warnings.warn(
                 "BMUF with one worker: block momentum is 0, which leaves the inner optimizer as it is",
@@ -119,7 +136,8 @@ class BMUF(DistributedOptimizer):
         """Close a partial block and leave W in the model. Collective; the next block starts from W."""
         self._refuse_inside_global_weights()
         if self._is_warming_up:
-            self._decide(Tally(), is_finite=True)
+            self._decide(Report(requests=self._requests))
+            self._average_buffers()
             return
         agreed: frozenset[str] = frozenset()
         with torch.no_grad():
@@ -140,9 +158,11 @@ class BMUF(DistributedOptimizer):
         self._set_aside = [fragment.filter.read_own() for fragment in self._fragments]
         for fragment in self._fragments:
             fragment.filter.write(fragment.filter.weights)
+        self._untrained.show()
         try:
             yield
         finally:
+            self._untrained.hide()
             aside, self._set_aside = self._set_aside, None
             for fragment, own in zip(self._fragments, aside):
                 fragment.filter.write(own)
@@ -152,9 +172,7 @@ class BMUF(DistributedOptimizer):
         if self.outlier_factor is not None:
             self._reported_loss = float(loss)
             if self._reported_loss < 0:
-                raise ValueError(
-                    f"the loss is {self._reported_loss}; outlier_factor compares losses from 0 up"
-                )
+                raise ValueError(f"the loss is {loss}; outlier_factor compares losses from 0 up")
 
     def request(self, what: str) -> None:
         """Ask all ranks for a "stop" or a "checkpoint"; they hear of it at the end of the present block."""
@@ -171,7 +189,7 @@ class BMUF(DistributedOptimizer):
 
     def metrics(self) -> dict[str, float]:
         """Beside the counts: blocks closed, of each fragment; ranks left out of them; steps in the present block;
-        elements of second moments that kept their mean."""
+        elements of second moments that kept their mean; elements of residuals that loading has lost."""
         return {**super().metrics(), "steps_in_block": self._fragments[-1].tally.steps}
 
     # ---- the step -----------------------------------------------------------------------------------------
@@ -182,11 +200,16 @@ class BMUF(DistributedOptimizer):
             self._warm_up(weight)
             return
         self._train_alone(weight)
+        self._count_step()
+        while self._problem:  # the agreement at the block's end makes it an error on every rank
+            self._count_step()
+
+    def _count_step(self) -> None:
         for fragment in self._fragments:
             fragment.tally.steps += 1
-            if fragment.own is not None and fragment.tally.steps == self.delay_steps:
+            if fragment.own is not None and fragment.tally.steps >= self.delay_steps:
                 self._merge(fragment)
-            if fragment.tally.steps == fragment.num_steps:
+            if fragment.tally.steps >= fragment.num_steps:
                 self._close_block(fragment, ahead=self.nesterov, later=self.delay_steps > 0)
                 fragment.num_steps = self.block_steps
 
@@ -202,11 +225,15 @@ class BMUF(DistributedOptimizer):
         self._take_exact_step(weight)
         self._reported_loss = None
         if self._counters["steps"] % self.block_steps == 0:
-            self._decide(Tally(), is_finite=True)
+            self._decide(Report(requests=self._requests))
         if not self._is_warming_up:
-            for fragment in self._fragments:
-                fragment.filter.take_over()
-                fragment.local.begin()
+            self._start_first_block()
+            self._average_buffers()
+
+    def _start_first_block(self) -> None:
+        for fragment in self._fragments:
+            fragment.filter.take_over()
+            fragment.local.begin()
 
     def _take_exact_step(self, weight: int) -> None:
         take_exact_step(self, weight)
@@ -232,11 +259,12 @@ class BMUF(DistributedOptimizer):
 
     def _close_block(self, fragment: Fragment, ahead: bool, later: bool) -> None:
         updates = fragment.filter.own_updates()
-        is_finite = all(max_magnitude([update]) < float("inf") for update in updates if update.numel())
-        verdict = self._decide(fragment.tally, is_finite)
+        verdict = self._decide(self._report(fragment, updates))
         if self.comm.rank in verdict.left_out:
             self._start_again()
         fragment.tally = Tally()
+        if fragment is self._fragments[-1]:
+            self._average_buffers()
         if not verdict.has_trained:
             fragment.filter.start_block(ahead)
             return
@@ -246,13 +274,24 @@ class BMUF(DistributedOptimizer):
         self._counters["moments_guarded"] += num_guarded
         self._counters["blocks"] += 1
 
+    def _report(self, fragment: Fragment, updates: list[Tensor]) -> Report:
+        problem = self._problem or self._untrained.find_problem()
+        findings = (
+            stay_finite(updates, self.comm.size),
+            fragment.local.is_finite(),
+            bool(problem) or self._untrained.is_finite(),
+        )
+        health = 0 if all(findings) else 1 + findings.index(False)
+        return Report(fragment.tally, health, self._requests, problem)
+
     def _start_again(self) -> None:
         for fragment in self._fragments:
             fragment.start_again()
+        self._untrained.start_again()
 
-    def _decide(self, tally: Tally, is_finite: bool) -> Verdict:
+    def _decide(self, report: Report) -> Verdict:
         with self._exchanging():
-            verdict = agree(self.comm, tally, is_finite, self._requests, self.outlier_factor)
+            verdict = agree(self.comm, report, self.outlier_factor)
         self._requests, self._agreed = set(), verdict.requests
         self._counters["ranks_left_out"] += len(verdict.left_out)
         for rank, reason in sorted(verdict.left_out.items()):
@@ -297,88 +336,63 @@ class BMUF(DistributedOptimizer):
             for fragment in self._fragments:
                 fragment.filter.take_over()
         own = self._set_aside or [fragment.filter.read_own() for fragment in self._fragments]
-        return {"fragments": [fragment.state_dict() for fragment in self._fragments], "own_weights": own}
+        fragments = [fragment.state_dict() for fragment in self._fragments]
+        return {"settings": self._settings(), "fragments": fragments, "own_weights": own}
 
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def ranks_to_load(self, saved_size: int) -> list[int]:
+        return ranks_to_fold(self.comm.rank, self.comm.size, saved_size)
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """What `wire` has kept back on ranks that are no more goes to those that are: see fold_exchanges."""
+        first, hidden = states[0], [state.get(STATE_KEY, {}) for state in states]
+        if hidden[0].get("kind") == type(self).__name__ and hidden[0]["size"] != self.comm.size:
+            first = {**first, STATE_KEY: fold_exchanges(hidden, self.comm.rank, self.comm.size)}
+        self.load_state_dict(first)
+
+    @torch.no_grad()
     def _load_hidden_state(self, hidden: dict[str, Any]) -> None:
         """Puts the rank's own weights back into the model, whatever the model was loaded with."""
         self._refuse_inside_global_weights()
-        if len(hidden["fragments"]) != len(self._fragments):
-            raise ValueError(
-                f"this BMUF state was saved with fragments={len(hidden['fragments'])}, and is loaded with "
-                f"{len(self._fragments)}; use the same"
-            )
-        if hidden["size"] != self.comm.size:
-            self._start_with_other_size(hidden)
-            return
-        if hidden["rank"] != self.comm.rank:
+        goes_on = hidden["size"] == self.comm.size
+        if goes_on and hidden["rank"] != self.comm.rank:
             raise ValueError(
                 f"rank {self.comm.rank} got the BMUF state of rank {hidden['rank']}; every rank loads its own, since "
                 "inside a block each has other weights"
             )
-        for fragment, state, own in zip(self._fragments, hidden["fragments"], hidden["own_weights"]):
-            fragment.load_state_dict(state)
-            fragment.filter.write(own)
+        progress, saved = Progress.of(hidden, goes_on), hidden["settings"]
+        check_settings(saved, self._settings(), progress)
+        parts = list(zip(self._fragments, hidden["fragments"], hidden["own_weights"]))
+        if progress.num_steps < saved["warmup_steps"]:
+            for fragment, state, own in parts:
+                fragment.load_warm_up(state, own)
+            if not self._is_warming_up:
+                self._start_first_block()
+        elif goes_on:
+            for fragment, state, own in parts:
+                fragment.load_state_dict(state)
+                fragment.filter.write(own)
+                if not progress.is_in_block and saved["block_momentum"] != self.block_momentum:
+                    fragment.filter.start_block(fragment.filter.is_ahead)
+        else:
+            self._start_with_other_size(hidden, progress)
+        if not (goes_on and progress.is_in_block):
+            self._stagger()
 
-    def _start_with_other_size(self, hidden: dict[str, Any]) -> None:
-        num_lost = max(
-            state["tally"]["steps"] + (self.block_steps if state["own"] is not None else 0)
-            for state in hidden["fragments"]
-        )
-        if num_lost:
+    def _start_with_other_size(self, hidden: dict[str, Any], progress: Progress) -> None:
+        if progress.num_unshared:
             warnings.warn(
                 f"this BMUF state was saved by {hidden['size']} workers inside a block and is loaded by "
-                f"{self.comm.size}: the {num_lost} steps since the last block are lost",
+                f"{self.comm.size}: the {progress.num_unshared} steps since the last block are lost",
                 stacklevel=4,
             )
-        with torch.no_grad():
-            for fragment, state in zip(self._fragments, hidden["fragments"]):
-                fragment.load_common_state(state)
-        self._stagger()
+        self._untrained.start_again()
+        fragments = zip(self._fragments, hidden["fragments"])
+        num_elements = sum(fragment.load_common_state(state) for fragment, state in fragments)
+        self._report_lost("wire", hidden["settings"]["wire"], num_elements)
 
-
-SETTINGS = (
-    "block_steps", "block_momentum", "block_lr", "nesterov", "warmup_steps", "local_state", "outlier_factor", "wire",
-    "fragments", "delay_steps",
-)  # fmt: skip
-
-
-def find_problems(settings: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
-    """Everything that is wrong with the settings."""
-    problems = []
-    for name, least in (("block_steps", 1), ("warmup_steps", 0), ("fragments", 1), ("delay_steps", 0)):
-        if not is_integer_from(settings[name], least):
-            problems.append(f"{name} is {settings[name]!r}; give a whole number, at least {least}")
-    if problems:
-        return problems
-    block_steps, momentum, local_state = (
-        settings[name] for name in ("block_steps", "block_momentum", "local_state")
-    )
-    if momentum is not None and not 0 <= momentum < 1:
-        problems.append(f"block_momentum is {momentum!r}; give a number from 0 up to, not including, 1")
-    if not 0 < settings["block_lr"] < float("inf"):
-        problems.append(f"block_lr is {settings['block_lr']!r}; give a number above 0")
-    if settings["outlier_factor"] is not None and not 1 < settings["outlier_factor"] < float("inf"):
-        problems.append(f"outlier_factor is {settings['outlier_factor']!r}; give a number above 1, such as 3")
-    for name, choices in (("local_state", LOCAL_STATES), ("wire", WIRES)):
-        if settings[name] not in choices:
-            problems.append(f"{name} is {settings[name]!r}; choose one of {', '.join(choices)}")
-    if settings["fragments"] > block_steps:
-        problems.append(f"fragments is {settings['fragments']}, more than the {block_steps} steps of a block")
-    if settings["delay_steps"] >= block_steps:
-        problems.append(
-            f"delay_steps is {settings['delay_steps']}; give fewer than the {block_steps} of a block"
-        )
-    if settings["delay_steps"] and local_state in ("average", "adam"):
-        problems.append(
-            f"local_state={local_state!r} is exchanged at the block's end, which delay_steps is to hide"
-        )
-    if local_state == "adam" and not is_plain_adam(optimizer):
-        problems.append("local_state='adam' re-estimates the moments of Adam and AdamW, without amsgrad")
-    return problems
-
-
-def is_integer_from(value: Any, least: int) -> bool:
-    try:
-        return operator.index(value) >= least
-    except TypeError:
-        return False
+    def _report_lost(self, option: str, value: str, num_elements: int) -> None:
+        self._counters["residuals_lost"] += num_elements
+        warn_of_lost(option, value, num_elements)

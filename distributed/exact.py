@@ -15,9 +15,14 @@ class ExactAveraging(DistributedOptimizer):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, comm: Communicator, *, initial_weights: str = "broadcast"
+        self,
+        optimizer: torch.optim.Optimizer,
+        comm: Communicator,
+        *,
+        initial_weights: str = "broadcast",
+        model: torch.nn.Module | None = None,
     ) -> None:
-        super().__init__(optimizer, comm, {}, [], initial_weights)
+        super().__init__(optimizer, comm, {}, [], initial_weights, model)
 
     def _take_step(self, weight: int) -> None:
         take_exact_step(self, weight)

@@ -2,7 +2,7 @@
 # P parameters, n elements of a bucket
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +94,29 @@ def describe_groups(param_groups: list[dict[str, Any]]) -> str:
 
 def hash_parameters(buckets: list[Bucket]) -> str:
     """A hash of every bit of the parameters."""
+    return hash_tensors(piece.parameter for piece in all_pieces(buckets))
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for bucket in buckets:
-        for piece in bucket.pieces:
-            values = piece.parameter.detach().contiguous().cpu().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy().data)
+    for tensor in tensors:
+        values = tensor.detach().contiguous().cpu().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def max_magnitude(tensors: list[Tensor]) -> float:
+    """The largest absolute value of tensors on one device, NaN where there is one."""
+    extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
+    return float(torch.stack(extremes).abs().max())
+
+
+def stay_finite(tensors: Iterable[Tensor], factor: float) -> bool:
+    """Whether all elements of floating-point tensors, also times `factor`, are finite numbers of their dtypes."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return all(
+        max_magnitude(group) * factor <= torch.finfo(dtype).max for (dtype, _), group in groups.items()
+    )

@@ -119,13 +119,14 @@ class GTC(GTCStages):
         bucket_bytes: int | None = None,
         delay: bool = False,
         initial_weights: str = "broadcast",
+        model: torch.nn.Module | None = None,
     ) -> None:
         options = GTCOptions(
             density, threshold, multi_quantum, codec, capacity, ramp_steps, warmup_steps, momentum,
             momentum_masking, clip_norm, overlap, bucket_bytes, delay,
         )  # fmt: skip
         problems = options.find_problems(optimizer.param_groups)
-        super().__init__(optimizer, comm, asdict(options), problems, initial_weights)
+        super().__init__(optimizer, comm, asdict(options), problems, initial_weights, model)
         self.options = options
         if threshold is None:
             self._controller = DensityController(options.target_density, ramp_steps)
@@ -183,8 +184,13 @@ class GTC(GTCStages):
             raise ValueError("abandon_step() belongs to overlap=True; leave it out")
         self._overlap.abandon()
 
-    @torch.no_grad()
     def synchronize(self) -> None:
+        """With delay=True: apply the step that is still under way. Then as every method does."""
+        self.apply_pending()
+        super().synchronize()
+
+    @torch.no_grad()
+    def apply_pending(self) -> None:
         """With delay=True: apply the step that is still under way."""
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -199,7 +205,7 @@ class GTC(GTCStages):
         else:
             agreed = self._overlap.agree(weight)
         if agreed is None:
-            self.synchronize()  # the step before goes its way
+            self.apply_pending()  # the step before goes its way
             return
         share = scale_of(weight, agreed.total_weight, self.comm.size)
         if weight:
@@ -209,11 +215,11 @@ class GTC(GTCStages):
                 gradients, factor = self._sources(number, share)
                 self._average(bucket, gradients, factor, agreed.present)
             self.inner.step()
-            self.synchronize()  # of a state saved with delay=True
+            self.apply_pending()  # of a state saved with delay=True
             return
         exchanges = self._overlap.commit() if self._overlap is not None else []
         current = Pending(exchanges or self._start_all(share), agreed.present)
-        self.synchronize()
+        self.apply_pending()
         if self.options.delay:
             self._pending = current
         else:

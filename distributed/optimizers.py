@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from teacherstudent.distributed.flat import (
     all_pieces,
     describe,
     describe_groups,
-    hash_parameters,
+    hash_tensors,
     make_buckets,
+    max_magnitude,
 )
 from teacherstudent.distributed.grad_scaler import tell_scaler
 from teacherstudent.distributed.step_problems import check_weight, find_problem
+from teacherstudent.distributed.untrained import Untrained
 
 INITIAL_WEIGHTS = ("broadcast", "check")
 # Where state_dict() keeps what the inner optimiser knows nothing of.
@@ -51,6 +54,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
     The constructor is collective. It compares settings, shapes, dtypes and parameter groups between the ranks, and
     makes the initial weights equal (initial_weights="broadcast", from rank 0) or demands that they are ("check"); the
     weights are verified by hash either way. What is wrong on any rank is a ValueError on every rank.
+
+    An optimiser sees parameters only. Given the whole `model`, its buffers, as the statistics of BatchNorm, and its
+    frozen parameters are made equal and verified as well, and `synchronize` brings the buffers together again: floating
+    ones become their mean by the data that each rank has seen since, others the largest of any rank. The state holds
+    the buffers then. Without a model they are left to the caller.
     """
 
     # GradScaler then always calls step() and leaves unscaling and skipping to it: had one rank alone skipped, the
@@ -64,6 +72,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         settings: Mapping[str, object],
         problems: list[str],
         initial_weights: str,
+        model: torch.nn.Module | None = None,
     ) -> None:
         self._constructed = False
         super().__init__(inner.param_groups, inner.defaults)
@@ -71,6 +80,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.comm = comm
         self._share()
         self._buckets = make_buckets(inner.param_groups)
+        self._untrained = Untrained(model, inner.param_groups)
         self._num_parameters = sum(1 for _ in all_pieces(self._buckets))
         self._counters: dict[str, float] = dict.fromkeys(
             ("steps", "skipped_nonfinite", "skipped_empty", "bytes_sent"), 0
@@ -81,6 +91,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             problems = [*problems, "the optimizer has no parameter that requires a gradient"]
         if initial_weights not in INITIAL_WEIGHTS:
             problems = [*problems, f"initial_weights is {initial_weights!r}; choose one of {INITIAL_WEIGHTS}"]
+        problems = [*problems, *self._untrained.find_problems(model, self._buckets)]
         with self._exchanging():
             self._compare_ranks(settings, problems)
             self._equalise_weights(initial_weights)
@@ -112,15 +123,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self.param_groups is not self.inner.param_groups:
             raise RuntimeError("a state was loaded into the inner optimizer; load it into this one instead")
         self._problem = self._find_problem(weight)
+        weight = 0 if self._problem else check_weight(weight)
+        self._untrained.weight += weight
         with torch.no_grad():
             self._unscale()
-            self._take_step(0 if self._problem else check_weight(weight))
-        if self._problem:  # where ranks do not agree on every step
-            raise ValueError(self._problem)
+            self._take_step(weight)
         return loss
 
     def synchronize(self) -> None:
-        """Bring all ranks to the common model. Collective; nothing to do unless a subclass says otherwise."""
+        """Bring all ranks to the common model. Collective; nothing to do without a `model` that has buffers, unless a
+        subclass says otherwise."""
+        self._average_buffers()
 
     @contextlib.contextmanager
     def global_weights(self) -> Iterator[None]:
@@ -141,6 +154,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             "size": self.comm.size,
             "rank": self.comm.rank,
             "counters": dict(self._counters),
+            "buffers": self._untrained.state_dict(),
             **self._hidden_state(),
         }
         return {**self.inner.state_dict(), STATE_KEY: hidden}
@@ -155,8 +169,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
         self._share()
-        self._load_hidden_state(hidden)
         self._counters.update(hidden["counters"])
+        self._untrained.load_state_dict(hidden["buffers"])
+        self._load_hidden_state(hidden)
 
     def ranks_to_load(self, saved_size: int) -> list[int]:
         """Whose states this rank needs of a training that `saved_size` workers saved; its own if there are as many."""
@@ -291,6 +306,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._counters["bytes_sent"] += self.comm.bytes_sent - bytes_before
             self._seconds_in_exchange += time.perf_counter() - start
 
+    @torch.no_grad()
+    def _average_buffers(self) -> None:
+        problem = self._untrained.find_problem()
+        if any(gather_texts(self.comm, problem) if self._untrained.start else ()):
+            raise_together(self.comm, problem)
+        with self._exchanging():
+            left_out = self._untrained.average(self.comm)
+        for rank in left_out:
+            self._counters["buffers_left_out"] = self._counters.get("buffers_left_out", 0) + 1
+            warnings.warn(f"the buffers of rank {rank} are not finite: left out of their mean", stacklevel=3)
+
     def _share(self) -> None:
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
@@ -302,7 +328,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise_together(self.comm, "; ".join(problems))
         own = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
         groups = describe_groups(self.param_groups)
-        for what, text in (("settings", own), ("parameters", describe(self._buckets)), ("groups", groups)):
+        named = {"settings": own, "parameters": describe(self._buckets), "groups": groups}
+        for what, text in (named | {"buffers": self._untrained.describe()}).items():
             texts = gather_texts(self.comm, text)
             differing = [rank for rank, other in enumerate(texts) if other != texts[0]]
             if differing:
@@ -319,19 +346,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if initial_weights == "broadcast":
             for bucket in self._buckets:
                 bucket.write_parameters(self.comm.broadcast(bucket.read_parameters(), root=0))
-        hashes = gather_texts(self.comm, hash_parameters(self._buckets))
+            self._untrained.broadcast(self.comm)
+        self._untrained.remember()
+        trained = [piece.parameter for piece in all_pieces(self._buckets)]
+        hashes = gather_texts(self.comm, hash_tensors([*trained, *self._untrained.tensors()]))
         differing = [rank for rank, other in enumerate(hashes) if other != hashes[0]]
         if differing:
             raise ValueError(
-                f"the initial weights of rank {', '.join(map(str, differing))} differ from those of rank 0; build the "
-                "model from the same seed or checkpoint on every rank, or use initial_weights='broadcast'"
+                f"the initial weights of rank {', '.join(map(str, differing))} differ from those of rank 0 (frozen "
+                "parameters count, and the buffers of model=); build the model from the same seed or checkpoint on "
+                "every rank, or use initial_weights='broadcast'"
             )
-
-
-def max_magnitude(tensors: list[Tensor]) -> float:
-    """The largest absolute value of tensors on one device, NaN where there is one."""
-    extremes = [extreme for tensor in tensors for extreme in torch.aminmax(tensor)]
-    return float(torch.stack(extremes).abs().max())
 
 
 def scale_of(weight: int, total: int, size: int) -> float:
@@ -362,10 +387,7 @@ def gather_integers(comm: Communicator, row: list[int]) -> list[list[int]]:
 
 def raise_together(comm: Communicator, text: str) -> None:
     """Raise on every rank what the ranks with a `text` have to say. Collective."""
-    raise ValueError("; ".join(dict.fromkeys(_with_rank(gather_texts(comm, text)))))
-
-
-def _with_rank(found: list[str]) -> list[str]:
-    if all(text == found[0] for text in found):
-        return found[:1]
-    return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]
+    found = gather_texts(comm, text)
+    if len(set(found)) > 1:
+        found = [f"{comm.member} {rank}: {each}" for rank, each in enumerate(found) if each]
+    raise ValueError("; ".join(dict.fromkeys(found)))

@@ -7,21 +7,24 @@ P. Ladkat et al., "Two tiered distributed training algorithm for acoustic modeli
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teacherstudent.distributed.block_agreement import REQUESTS, Tally, Verdict, check_request
+from teacherstudent.distributed.block_agreement import Report, Verdict, check_request, pool
+from teacherstudent.distributed.block_fold import fold_tiers
 from teacherstudent.distributed.block_fragment import Fragment
-from teacherstudent.distributed.bmuf import BMUF, find_problems, is_integer_from
+from teacherstudent.distributed.block_settings import find_problems, is_integer_from
+from teacherstudent.distributed.bmuf import BMUF
 from teacherstudent.distributed.communicators import Communicator, PeerLost
 from teacherstudent.distributed.exact import ExactAveraging, take_exact_step
 from teacherstudent.distributed.grad_scaler import tell_scaler
 from teacherstudent.distributed.groups import Groups
 from teacherstudent.distributed.gtc import GTC
 from teacherstudent.distributed.gtc_options import GTCOptions
+from teacherstudent.distributed.gtc_state import ranks_to_fold
 from teacherstudent.distributed.optimizers import STATE_KEY, DistributedOptimizer
 
 INNER_METHODS: dict[str, type[DistributedOptimizer]] = {"gtc": GTC, "exact": ExactAveraging}
@@ -65,6 +68,7 @@ class TwoTier(DistributedOptimizer):
         inner: str = "gtc",
         inner_options: Mapping[str, Any] | None = None,
         initial_weights: str = "broadcast",
+        model: torch.nn.Module | None = None,
         **block_options: Any,
     ) -> None:
         inner_options = dict(inner_options or {})
@@ -74,7 +78,7 @@ class TwoTier(DistributedOptimizer):
             *find_inner_problems(inner, inner_options, optimizer, is_used=group_size != 1),
             *find_block_problems(block_options, optimizer),
         ]
-        super().__init__(optimizer, comm, settings, problems, initial_weights)
+        super().__init__(optimizer, comm, settings, problems, initial_weights, model)
         self.group_size = group_size
         self.num_groups = comm.size // group_size
         self.block_steps = {**options_of(BMUF), **block_options}["block_steps"]
@@ -104,6 +108,7 @@ class TwoTier(DistributedOptimizer):
         self._share_counters()
         tiers = list(self._tiers.values())
         self._first, self._outer = tiers[0], tiers[-1]  # who takes the gradients, and who the steps
+        self._outer._untrained = self._untrained
         warn_of_what_is_left_out(comm.size, group_size, inner_options, block_options)
 
     def synchronize(self) -> None:
@@ -174,7 +179,7 @@ class TwoTier(DistributedOptimizer):
 
     def _hear_requests(self) -> None:
         with self._exchanging():
-            _, self._agreed = pool(self.comm, Tally(), self._requests)
+            self._agreed = pool(self.comm, Report(requests=self._requests)).requests
         self._requests = set()
 
     @contextlib.contextmanager
@@ -213,6 +218,18 @@ class TwoTier(DistributedOptimizer):
         for name, tier in self._tiers.items():
             tier._share()
             tier._load_hidden_state(saved[name])
+        if self._across and self._inside and hidden["size"] != self.comm.size and not hidden.get("is_folded"):
+            self._across._report_lost("inner", "gtc", forget(self._inside))
+
+    def ranks_to_load(self, saved_size: int) -> list[int]:
+        return ranks_to_fold(self.comm.rank, self.comm.size, saved_size)
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """What waits in groups that are no more goes to those that are: see fold_tiers."""
+        state, hidden = states[0], states[0].get(STATE_KEY, {})
+        if hidden.get("group_size") == self.group_size and hidden["size"] != self.comm.size:
+            state = fold_tiers(states, self.comm.rank, self.comm.size, self.group_size)
+        self.load_state_dict(state)
 
 
 class GroupBMUF(BMUF):
@@ -230,8 +247,14 @@ class GroupBMUF(BMUF):
         take_exact_step(self._everybody, weight)
 
     def _learn(self, weight: int) -> bool:
-        skipped = self._num_skipped()
-        self._inside._take_step(weight)
+        skipped, self._problem = self._num_skipped(), ""
+        try:
+            self._inside._take_step(weight)
+        except (
+            ValueError
+        ) as error:  # on every rank of the group: the other groups hear of it at the block's end
+            self._problem = str(error)
+            return False
         return weight > 0 and self._num_skipped() == skipped
 
     def _num_skipped(self) -> float:
@@ -241,17 +264,18 @@ class GroupBMUF(BMUF):
         self._inside.synchronize()  # a delayed step belongs to this block
         super()._close_block(fragment, ahead, later)
 
-    def _decide(self, tally: Tally, is_finite: bool) -> Verdict:
+    def _decide(self, report: Report) -> Verdict:
         with self._inside._exchanging():
-            tally, self._requests = pool(self._inside.comm, tally, self._requests)
-        return super()._decide(tally, is_finite)
+            report = pool(self._inside.comm, report)
+        self._requests = set(report.requests)
+        return super()._decide(report)
+
+    def _average_buffers(self) -> None:
+        self._everybody._average_buffers()
 
     def _start_again(self) -> None:
         super()._start_again()
-        if isinstance(self._inside, GTC):
-            hidden = self._inside._hidden_state()
-            for buffer in (*hidden["residuals"], *hidden["velocities"]):
-                buffer.zero_()
+        forget(self._inside)
 
     @contextlib.contextmanager
     def _exchanging(self) -> Iterator[None]:
@@ -262,20 +286,20 @@ class GroupBMUF(BMUF):
         self._counters["bytes_between_groups"] = self._counters.get("bytes_between_groups", 0) + num_bytes
 
 
-def pool(comm: Communicator, tally: Tally, requests: Set[str]) -> tuple[Tally, set[str]]:
-    """The tally of all ranks of `comm` together, which have taken the same steps, and what any has requested."""
-    row = [tally.weight, tally.loss_sum, tally.loss_weight, *(name in requests for name in REQUESTS)]
-    rows = [part.tolist() for part in comm.all_gather(torch.tensor(row, dtype=torch.float64))]
-    weights, loss_sums, loss_weights, *flags = zip(*rows)
-    asked = {name for name, column in zip(REQUESTS, flags) if any(column)}
-    return Tally(tally.steps, int(sum(weights)), sum(loss_sums), int(sum(loss_weights))), asked
+def forget(inside: DistributedOptimizer) -> int:
+    """What waits in a group is lost; of how many elements."""
+    hidden = inside._hidden_state() if isinstance(inside, GTC) else {"residuals": [], "velocities": []}
+    num_elements = sum(int(residual.count_nonzero()) for residual in hidden["residuals"])
+    for buffer in (*hidden["residuals"], *hidden["velocities"]):
+        buffer.zero_()
+    return num_elements
 
 
 def options_of(method: type[DistributedOptimizer]) -> dict[str, Any]:
     """The options that a method takes as keywords, with their defaults."""
     parameters = inspect.signature(method).parameters.values()
     options = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
-    return {name: default for name, default in options.items() if name != "initial_weights"}
+    return {name: default for name, default in options.items() if name not in ("initial_weights", "model")}
 
 
 def find_group_problems(group_size: Any, num_ranks: int) -> Iterator[str]:

@@ -260,8 +260,8 @@ def test_parameters_of_several_dtypes_and_frozen_ones_are_trained_in_place(make)
             torch.nn.Parameter(torch.empty(0)),
         ]
         places = [parameter.data_ptr() for parameter in parameters]
-        frozen = parameters[4].clone()
         optimizer = make(torch.optim.SGD(parameters, lr=0.1), comm)
+        frozen = comm.broadcast(parameters[4].detach().clone())
         start = parameters[2].detach().clone()
         for step in range(12):
             for parameter in parameters:

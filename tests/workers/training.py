@@ -5,7 +5,6 @@ Run in process by the tests, and as a program under a launcher: the hashes must 
 
 import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ METHODS = (
     "bmuf_int8",
     "bmuf_fragments",
     "bmuf_delay",
+    "bmuf_buffers",
 )
 # name -> in place of the plain BMUF
 BMUF_OPTIONS: dict[str, dict[str, Any]] = {
@@ -36,6 +36,7 @@ BMUF_OPTIONS: dict[str, dict[str, Any]] = {
     "bmuf_int8": {"wire": "int8"},
     "bmuf_fragments": {"wire": "bf16", "fragments": 2},
     "bmuf_delay": {"delay_steps": 3},
+    "bmuf_buffers": {},
 }
 EVERY_GTC_OPTION: dict[str, Any] = {
     "density": 5e-3,
@@ -51,14 +52,22 @@ EVERY_GTC_OPTION: dict[str, Any] = {
 TWO_TIER_OPTIONS: dict[str, dict[str, Any]] = {
     "two_tier_gtc": {"inner": "gtc", "inner_options": {"density": 0.05}, "warmup_steps": 5},
     "two_tier_exact": {"inner": "exact", "wire": "int8", "delay_steps": 2},
+    "two_tier_buffers": {"inner": "gtc", "inner_options": {"density": 0.05}},
 }
 METHODS_OF_SIZE = {2: METHODS, 4: tuple(TWO_TIER_OPTIONS)}
 NUM_STEPS = 40
 
 
-def make_optimizer(
-    method: str, parameters: Iterable[torch.nn.Parameter], comm: Communicator
-) -> torch.optim.Optimizer:
+def make_model(method: str) -> torch.nn.Module:
+    layers = [torch.nn.Linear(20, 60), torch.nn.Tanh(), torch.nn.Linear(60, 5)]
+    if method.endswith("buffers"):
+        layers.insert(1, torch.nn.BatchNorm1d(60))
+    return torch.nn.Sequential(*layers)
+
+
+def make_optimizer(method: str, model: torch.nn.Module, comm: Communicator) -> torch.optim.Optimizer:
+    parameters = model.parameters()
+    whole = model if method.endswith("buffers") else None
     if method == "gtc_adam":
         return GTC(torch.optim.Adam(parameters, lr=0.01), comm, density=0.02)
     if method == "gtc_every_option":
@@ -73,8 +82,8 @@ def make_optimizer(
     if method.startswith("gtc"):
         return GTC(inner, comm, density=0.5 if method == "gtc_dense" else 0.02)
     if method in TWO_TIER_OPTIONS:
-        return TwoTier(inner, comm, group_size=2, block_steps=7, **TWO_TIER_OPTIONS[method])
-    return BMUF(inner, comm, block_steps=7, **BMUF_OPTIONS[method])
+        return TwoTier(inner, comm, group_size=2, block_steps=7, model=whole, **TWO_TIER_OPTIONS[method])
+    return BMUF(inner, comm, block_steps=7, model=whole, **BMUF_OPTIONS[method])
 
 
 def hash_weights(model: torch.nn.Module) -> bytes:
@@ -86,12 +95,12 @@ def hash_weights(model: torch.nn.Module) -> bytes:
 
 def train(comm: Communicator, method: str) -> str:
     """A hash over the weights after each step; checks that all ranks have the same weights where they should."""
-    model = torch.nn.Sequential(torch.nn.Linear(20, 60), torch.nn.Tanh(), torch.nn.Linear(60, 5))
+    model = make_model(method)
     start = torch.Generator().manual_seed(comm.rank)  # rank 0's weights are the ones that count
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2, generator=start)
-    optimizer = make_optimizer(method, model.parameters(), comm)
+    optimizer = make_optimizer(method, model, comm)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.98**step * (3 if step % 5 == 0 else 1)
     )
