@@ -1,6 +1,11 @@
-"""Micro-batches are a pure function of (seed, epoch, position): first_k + remaining == all, for any workers."""
+"""Micro-batches are a pure function of (seed, epoch, position): first_k + remaining == all, for any workers.
 
+No shard is opened that does not hold the micro-batch asked for, and none at all to find it.
+"""
+
+import pickle
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from hypothesis import strategies as st
 
 from teacherstudent.training.batches import WINDOW_SHARDS, Batch, Position, Source, collate
 from teacherstudent.training.losses import PADDING
+from teacherstudent.training.shard_table import ShardTable
 
 torch.set_num_threads(1)
 
@@ -25,6 +31,11 @@ class Shard(dict[str, dict[str, np.ndarray]]):
     def ids(self) -> Sequence[str]:
         return tuple(self)
 
+    @property
+    def num_frames(self) -> np.ndarray:
+        """Of features or labels."""
+        return np.array([len(next(iter(arrays.values()))) for arrays in self.values()], np.int64)
+
 
 def make_shards(sizes: Sizes) -> tuple[list[Shard], list[Shard]]:
     """Features and labels: utterance number n of the source has features of n everywhere, and senone n."""
@@ -37,8 +48,11 @@ def make_shards(sizes: Sizes) -> tuple[list[Shard], list[Shard]]:
 
 
 def make(sizes: Sizes = SIZES, batch_frames: int = 20, seed: int = 5, name: str = "human") -> Source:
-    counts = [np.array(lengths, np.int64) for lengths in sizes]
-    return Source(name, *make_shards(sizes), counts, batch_frames, seed)
+    return Source(name, *make_shards(sizes), make_table(sizes), batch_frames, seed)
+
+
+def make_table(sizes: Sizes) -> ShardTable:
+    return ShardTable.make(np.array(lengths, np.int64) for lengths in sizes)
 
 
 def numbers(batch: Batch) -> tuple[int, ...]:
@@ -89,7 +103,7 @@ def test_the_first_k_steps_and_the_rest_are_all_also_when_the_number_of_workers_
 
 def test_a_batch_is_the_same_in_whatever_order_and_by_whatever_rank_it_is_asked_for() -> None:
     one, other = make(), make()
-    places = [(epoch, index) for epoch in (0, 1, 2) for index in range(len(one.plan(epoch)))]
+    places = [(epoch, index) for epoch in (0, 1, 2) for index in range(one.num_batches(epoch))]
     in_order = {place: one.batch(Position(*place)) for place in places}
     for epoch, index in sorted(places, key=lambda place: (-place[1], place[0])):
         rank = min(index, 2)
@@ -112,27 +126,120 @@ def test_padded_frames_never_exceed_the_bound_but_for_one_long_utterance(
     sizes: Sizes, batch_frames: int
 ) -> None:
     source = make(sizes, batch_frames)
-    for index in range(len(source.plan(0))):
+    for index in range(source.num_batches(0)):
         batch = source.batch(Position(0, index))
         rows, longest, _ = batch.features.shape
         assert rows * longest <= batch_frames or rows == 1
         assert longest == batch.lengths[0] == batch.lengths.max()
     equal = make([[10] * 14], batch_frames=40)
-    assert sorted(len(batch) for batch in equal.plan(0)) == [2, 4, 4, 4]  # and they are as full as can be
+    assert sorted(map(len, whole_epoch(equal, 1))) == [2, 4, 4, 4]  # and they are as full as can be
 
 
-def test_shards_are_read_a_window_at_a_time() -> None:
-    source = make([[3, 4, 5]] * (2 * WINDOW_SHARDS + 3), batch_frames=25)
-    places = np.concatenate(source.plan(0))[:, 0]
-    for start in range(0, len(source.features), WINDOW_SHARDS):
-        window = places[3 * start : 3 * (start + WINDOW_SHARDS)]
-        assert len(set(window.tolist())) == min(WINDOW_SHARDS, len(source.features) - start)
-        assert not set(window.tolist()) & set(places[3 * (start + WINDOW_SHARDS) :].tolist())
+class Counted(list[Shard]):
+    """Shards, and how often each was opened."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        super().__init__(shards)
+        self.opened: list[int] = []
+
+    def __getitem__(self, number: int) -> Shard:  # type: ignore[override]
+        self.opened.append(number)
+        return super().__getitem__(number)
+
+
+def make_counted(sizes: Sizes, batch_frames: int = 25) -> tuple[Source, Counted]:
+    features, labels = make_shards(sizes)
+    counted = Counted(features)
+    return Source("human", counted, labels, make_table(sizes), batch_frames, 5), counted
+
+
+def test_each_shard_is_opened_once_an_epoch_a_window_at_a_time_and_none_to_find_a_position() -> None:
+    num_shards = 2 * WINDOW_SHARDS + 3
+    source, shards = make_counted([[3, 4, 5]] * num_shards)
+    utterances: list[int] = []
+    for index in range(source.num_batches(0)):
+        utterances += numbers(source.batch(Position(0, index)))
+        assert (
+            len(shards.opened) <= WINDOW_SHARDS + len(utterances) // 3
+        )  # no later one before all of these are read
+    assert sorted(shards.opened) == list(range(num_shards))
+    assert [utterance // 3 for utterance in utterances] != sorted(utterance // 3 for utterance in utterances)
+    shards.opened.clear()
+    position = Position(1, source.num_batches(1) - 1)
+    assert source.advance(Position(1, 5), 8) == Position(1, 13)
+    assert source.advance(position, 8) == Position(2, 0)
+    assert not shards.opened
+    source.batch(position)
+    assert len(shards.opened) == 3  # those of the last window
+
+
+def test_shards_without_utterances_are_never_opened_and_whole_windows_of_them_are_passed_over() -> None:
+    sizes: list[list[int]] = [[] for _ in range(5 * WINDOW_SHARDS)]
+    sizes[7], sizes[70] = [9, 4], [6]
+    source, shards = make_counted(sizes, batch_frames=1)
+    for world_size in (1, 8):
+        assert sorted(whole_epoch(source, world_size)) == [(0,), (1,), (2,)]
+    assert set(shards.opened) == {7, 70}
+
+
+def test_a_source_travels_without_what_it_has_opened_and_makes_the_same_batches(tmp_path: Path) -> None:
+    sizes = [[int(n) for n in np.random.default_rng(s).integers(1, 40, 30)] for s in range(40)]
+    make_table(sizes).save(tmp_path / "table.npy")
+    table = ShardTable.load(tmp_path / "table.npy")
+    source = Source("human", *make_shards(sizes), table, 90, 5)
+    source = source.hold_out(20)[0]
+    expected = [source.batch(Position(1, index)) for index in (0, 77, 12)]
+    travelled = pickle.loads(pickle.dumps(source))
+    for index, batch in zip((0, 77, 12), expected):
+        assert torch.equal(travelled.batch(Position(1, index)).features, batch.features)
+    assert travelled.num_batches(3) == source.num_batches(3)
+    assert len(pickle.dumps(source.table)) < 40 * 30  # its file's name and the rows that differ
+
+
+@settings(max_examples=20, deadline=None)
+@given(shards, st.integers(1, 40), st.integers(1, 6))
+def test_what_is_held_out_is_the_beginning_and_the_rest_is_trained_on(
+    sizes: Sizes, batch_frames: int, num_utterances: int
+) -> None:
+    sizes = [*sizes, [3] * 60]  # at least six are a tenth
+    source = make(sizes, batch_frames)
+    rest, held = source.hold_out(num_utterances)
+    assert sorted(sum(whole_epoch(held, 2), ())) == list(range(num_utterances))
+    assert sorted(sum(whole_epoch(rest, 3, 4), ())) == list(range(num_utterances, source.num_utterances))
+    assert rest.num_utterances + held.num_utterances == source.num_utterances
+    assert rest.total_frames + held.total_frames == source.total_frames == sum(map(sum, sizes))
+    assert whole_epoch(source, 1) == whole_epoch(make(sizes, batch_frames), 1)  # it is as it was
+
+
+def test_no_more_than_a_tenth_is_held_out_and_that_is_told() -> None:
+    with pytest.warns(UserWarning, match="40 utterances were to be held out .* tenth of its 35: 3 are"):
+        _, held = make([[5] * 35]).hold_out(40)
+    assert held.num_utterances == 3
+    for sizes, asked in (([[5] * 9], 1), ([[5] * 35], 0)):
+        with pytest.raises(ValueError, match=f"got {asked} utterances to hold out of"):
+            make(sizes).hold_out(asked)
+
+
+def test_a_shard_that_is_not_the_one_of_the_table_is_refused() -> None:
+    other = [*SIZES[:3], [12, 1, 1, 5, 31], SIZES[4]]
+    for wrong in (other, [*SIZES[:3], SIZES[3][:-1], SIZES[4]], [*SIZES[:3], [*SIZES[3], 1], SIZES[4]]):
+        source = Source("human", *make_shards(SIZES), make_table(wrong), 20, 5)
+        with pytest.raises(
+            ValueError, match=r"'human', shard 3: its 5 utterances are not those .* \(in memory\)"
+        ):
+            source.batch(Position())
+
+
+def test_fewer_micro_batches_than_workers_make_epochs_of_one_step() -> None:
+    source = make([[5, 5]], batch_frames=5)
+    batches, position = take(source, Position(), 8, 3)
+    assert position == Position(3, 0)
+    assert [sorted(batches[step : step + 2]) for step in (0, 2, 4)] == [[(0,), (1,)]] * 3
 
 
 def test_beyond_the_end_of_the_epoch_a_rank_gets_an_empty_batch() -> None:
     source = make()
-    last = Position(0, len(source.plan(0)) - 1)
+    last = Position(0, source.num_batches(0) - 1)
     assert source.batch(last, rank=0).num_frames > 0
     empty = source.batch(last, rank=7).to(torch.device("cpu"))
     assert empty.num_frames == source.batch(last, rank=1).num_frames == 0
@@ -142,7 +249,7 @@ def test_beyond_the_end_of_the_epoch_a_rank_gets_an_empty_batch() -> None:
 
 def test_a_batch_holds_features_and_labels_of_the_same_utterances() -> None:
     source = make()
-    for index in range(len(source.plan(0))):
+    for index in range(source.num_batches(0)):
         batch = source.batch(Position(0, index))
         assert batch.senones is not None
         for features, senones, length in zip(batch.features, batch.senones, batch.lengths):
@@ -163,37 +270,60 @@ def test_padding_is_zero_for_features_and_posteriors_and_no_senone_for_labels() 
     assert senones is not None and senones.tolist() == [[1, 1, 1], [1, PADDING, PADDING]]
 
 
-def label_frames(length: int) -> list[list[int]]:
+class Unmeasured(Shard):
+    """Labels whose lengths only reading them tells."""
+
+    num_frames = None  # type: ignore[assignment]
+
+
+def label_frames(length: int, kind: type[Shard] = Shard) -> list[list[int]]:
     """Labels 1, 2, … of an utterance with four frames of features, as they come out of a batch."""
-    features, labels = make_shards([[4]])
-    labels[0]["u0"] = {"senone": np.arange(1, length + 1)}
-    batch = Source("human", features, labels, [np.array([4])], 20, 1).batch(Position())
+    features, _ = make_shards([[4]])
+    labels = kind(u0={"senone": np.arange(1, length + 1)})
+    batch = Source("human", features, [labels], make_table([[4]]), 20, 1).batch(Position())
     return batch.senones.tolist()  # type: ignore[union-attr]
 
 
-def test_labels_one_frame_off_are_trimmed_or_their_last_is_repeated() -> None:
-    assert label_frames(5) == label_frames(4) == [[1, 2, 3, 4]]
-    assert label_frames(3) == [[1, 2, 3, 3]]
+@pytest.mark.parametrize("kind", [Shard, Unmeasured])
+def test_labels_one_frame_off_are_trimmed_or_their_last_is_repeated(kind: type[Shard]) -> None:
+    assert label_frames(5, kind) == label_frames(4, kind) == [[1, 2, 3, 4]]
+    assert label_frames(3, kind) == [[1, 2, 3, 3]]
 
 
-def test_labels_further_off_are_refused_naming_the_utterance() -> None:
+@pytest.mark.parametrize(("kind", "what"), [(Shard, "labels"), (Unmeasured, "senone")])
+def test_labels_further_off_are_refused_naming_the_utterance(kind: type[Shard], what: str) -> None:
     for length in (0, 2, 6):
-        with pytest.raises(ValueError, match=rf"'human', utterance 'u0': {length} frames of 'senone' for 4"):
-            label_frames(length)
+        with pytest.raises(
+            ValueError, match=rf"'human', shard 0, utterance 'u0': {length} frames of '{what}' for 4"
+        ):
+            label_frames(length, kind)
+
+
+def test_utterances_without_labels_are_left_out() -> None:
+    features, labels = make_shards(SIZES)
+    del labels[3]["u5"], labels[0]["u0"], labels[4]["u9"]
+    table = make_table([[3, 9], [], [4], [12, 1, 5, 30], [6]])
+    for world_size in (1, 3):
+        source = Source("human", features, labels, table, 20, 5)
+        assert sorted(sum(whole_epoch(source, world_size), ())) == [1, 2, 3, 4, 6, 7, 8, 10]
 
 
 def test_features_and_labels_of_different_utterances_are_refused_naming_the_shard() -> None:
     features, labels = make_shards(SIZES)
-    counts = [np.array(lengths) for lengths in SIZES]
     with pytest.raises(ValueError, match="'human': 5 feature shards but 4 label shards"):
-        Source("human", features, labels[:-1], counts, 20, 1)
-    renamed = [*labels[:3], Shard(dict(reversed(labels[3].items()))), labels[4]]
-    with pytest.raises(ValueError, match="'human', shard 3: features and labels are of different utterances"):
-        Source("human", features, renamed, counts, 20, 1)
+        Source("human", features, labels[:-1], make_table(SIZES), 20, 1)
+    unknown = Shard({"u99" if name == "u5" else name: arrays for name, arrays in labels[3].items()})
+    for wrong in (Shard(dict(reversed(labels[3].items()))), unknown):
+        source = Source("human", features, [*labels[:3], wrong, labels[4]], make_table(SIZES), 20, 1)
+        with pytest.raises(
+            ValueError, match="'human', shard 3: features and labels are of different utterances"
+        ):
+            source.batch(Position())
 
 
 def test_no_utterances_and_batches_of_no_frames_are_refused() -> None:
-    with pytest.raises(ValueError, match="'human' holds no utterance"):
-        make([[], []])
+    for sizes in ([[], []], []):
+        with pytest.raises(ValueError, match="'human' holds no utterance"):
+            make(sizes)
     with pytest.raises(ValueError, match="batch_frames = 0"):
         make(batch_frames=0)

@@ -18,6 +18,7 @@ from teacherstudent.data.prepare import prepare
 from teacherstudent.distributed import in_process
 from teacherstudent.training.batches import Batch, Position, Source
 from teacherstudent.training.schedule import HUMAN, MACHINE
+from teacherstudent.training.shard_table import ShardTable
 from teacherstudent.training.train import train
 
 
@@ -104,7 +105,7 @@ def sources(data: Path, storage: str) -> dict[str, Source]:
             )
             for s in shards
         ]
-        found[name] = Source(name, shards, labels, [shard.num_frames for shard in shards], 12, seed=1)
+        found[name] = Source(name, shards, labels, ShardTable.make(s.num_frames for s in shards), 12, seed=1)
     return found
 
 
@@ -112,6 +113,10 @@ class Labels(dict[str, dict[str, np.ndarray]]):
     @property
     def ids(self) -> tuple[str, ...]:
         return tuple(self)
+
+    @property
+    def num_frames(self) -> np.ndarray:
+        return np.array([len(arrays["senone"]) for arrays in self.values()], np.int64)
 
 
 def same(one: Batch, other: Batch) -> bool:

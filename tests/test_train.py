@@ -174,7 +174,7 @@ def test_going_on_with_another_number_of_workers_takes_every_micro_batch_once(
         last = max(epoch for epoch, _ in taken)
         for epoch in range(last):
             dealt = {place for place in taken if place[0] == epoch}
-            assert dealt >= {(epoch, number) for number in range(len(source.plan(epoch)))}
+            assert dealt >= {(epoch, number) for number in range(source.num_batches(epoch))}
 
 
 def plain_training(training: Training, num_workers: int) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def plain_training(training: Training, num_workers: int) -> dict[str, torch.Tens
     dealt = {name: [] for name in sources}  # epoch after epoch, each ending with a step of its own
     for name, source in sources.items():
         for epoch in range(STEPS):
-            batches = [source.batch(Position(epoch, index)) for index in range(len(source.plan(epoch)))]
+            batches = [source.batch(Position(epoch, index)) for index in range(source.num_batches(epoch))]
             dealt[name] += [batches[i : i + num_workers] for i in range(0, len(batches), num_workers)]
     for step in range(STEPS):
         now = training.plan[step]
@@ -210,7 +210,7 @@ def plain_training(training: Training, num_workers: int) -> dict[str, torch.Tens
 def test_workers_together_do_what_one_plain_loop_does_also_where_an_epoch_ends_inside_a_step(
     tmp_path: Path,
 ) -> None:
-    assert len(make_source(HUMAN).plan(0)) % 2 == 1
+    assert make_source(HUMAN).num_batches(0) % 2 == 1
     training = make_training(tmp_path, network=replace(NETWORK, dropout=0.0))
     train_together(training)
     weights = model_from_state(checkpoint.load(tmp_path / "final.pt")).state_dict()
@@ -257,7 +257,7 @@ def test_best_is_the_first_model_of_the_lowest_frame_error_on_the_development_sp
     with torch.no_grad():
         losses = [
             float(batch_loss(model(batch.features, batch.lengths), batch)[0])
-            for batch in (dev.batch(Position(0, index)) for index in range(len(dev.plan(0))))
+            for batch in (dev.batch(Position(0, index)) for index in range(dev.num_batches(0)))
         ]
     assert sum(losses) / dev.total_frames == pytest.approx(best["dev_loss"], rel=1e-5)
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from teacherstudent.config import Config, Network
-from teacherstudent.data.packed import PackedWriter, shard_path
+from teacherstudent.data.feature_reader import open_features
+from teacherstudent.data.packed import PackedWriter, open_shards, shard_path
 from teacherstudent.experiment import Experiment
 from teacherstudent.store import TargetWriter
-from teacherstudent.training import trainings
+from teacherstudent.training import table_files, trainings
 from teacherstudent.training.batches import Position
+from teacherstudent.training.table_files import TABLE, write_table
 from teacherstudent.training.trainings import labelled_source, target_provenance
 
 FEATURES = [["a", "b", "c"], ["d", "e"]]
@@ -44,7 +46,7 @@ def test_an_epoch_holds_every_utterance_that_has_labels_once_beside_its_own_feat
     source = labelled_source(make_experiment(tmp_path, labels), "human", Network(), batch_frames=15)
     assert source.total_frames == sum(FRAMES[name] for shard in labels for name in shard)
     met = []
-    for number in range(len(source.plan(0))):
+    for number in range(source.num_batches(0)):
         batch = source.batch(Position(0, number))
         assert batch.senones is not None
         for features, senones, length in zip(batch.features, batch.senones, batch.lengths.tolist()):
@@ -70,7 +72,7 @@ def test_an_epoch_of_machine_labels_holds_every_utterance_that_has_targets_besid
                 writer.write(name, torch.eye(20)[[FRAMES[name]] * FRAMES[name]])
     source = trainings.open_source(experiment, "machine", Network(), batch_frames=15)
     met = []
-    for number in range(len(source.plan(0))):
+    for number in range(source.num_batches(0)):
         batch = source.batch(Position(0, number))
         assert batch.ids is not None
         for features, ids, length in zip(batch.features, batch.ids, batch.lengths.tolist()):
@@ -79,13 +81,54 @@ def test_an_epoch_of_machine_labels_holds_every_utterance_that_has_targets_besid
     assert sorted(met) == sorted(FRAMES[name] for shard in targets for name in shard)
 
 
-def test_ids_are_read_when_they_are_needed_and_not_kept(tmp_path: Path) -> None:
-    source = labelled_source(
-        make_experiment(tmp_path, [["a", "c"], ["e"]]), "human", Network(), batch_frames=15
-    )
-    assert [shard.ids for shard in source.features] == [["a", "c"], ["e"]]
-    for shard in source.features:
-        assert not any(isinstance(value, list) for value in vars(shard).values())
+def test_the_first_opening_looks_at_every_shard_and_the_next_at_none(tmp_path: Path) -> None:
+    experiment = make_experiment(tmp_path, [["a", "c"], ["e"]])
+    source = labelled_source(experiment, "human", Network(), batch_frames=15)
+    shards = [*tmp_path.glob("*/human/*.h5")]
+    assert len(shards) == 4
+    for path in shards:
+        path.write_bytes(b"no shard any more")
+    again = labelled_source(experiment, "human", Network(), batch_frames=15)
+    assert again.num_batches(0) == source.num_batches(0) == 2
+    assert again.total_frames == source.total_frames
+    with pytest.raises(ValueError, match=r"\.h5.* damaged"):
+        again.batch(Position())
+
+
+def test_a_shard_that_was_exchanged_after_the_table_was_made_is_an_error_that_names_both(
+    tmp_path: Path,
+) -> None:
+    experiment = make_experiment(tmp_path, [["a", "c"], ["e"]])
+    labelled_source(experiment, "human", Network(), batch_frames=15)
+    write_shards(experiment.path("senones", "human"), "labels", "senone", (), [["a", "b"], ["e"]])
+    table = experiment.path("senones", "human", TABLE)
+    with pytest.raises(ValueError, match=rf"'human', shard 0: its 2 utterances .* \({table}\)"):
+        labelled_source(experiment, "human", Network(), batch_frames=15).batch(Position())
+    table.unlink()
+    assert labelled_source(experiment, "human", Network(), batch_frames=15).batch(Position()).num_frames
+
+
+def test_a_table_of_fewer_shards_than_there_are_now_is_made_anew(tmp_path: Path) -> None:
+    experiment = make_experiment(tmp_path, FEATURES)
+    before = labelled_source(experiment, "human", Network(), batch_frames=15).total_frames
+    for step, stem, name, shape in (
+        ("features", "features", "values", (2,)),
+        ("senones", "labels", "senone", ()),
+    ):
+        write_shards(experiment.path(step, "human"), stem, name, shape, [*FEATURES, ["c", "b"]])
+    source = labelled_source(experiment, "human", Network(), batch_frames=15)
+    assert source.total_frames == before + FRAMES["c"] + FRAMES["b"]
+
+
+def test_a_table_made_in_processes_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = make_experiment(tmp_path, [["a", "c"], ["e"]])
+    labels = open_shards(experiment.path("senones", "human"), "labels")
+    written = []
+    for shards_of_a_process in (1000, 1):
+        monkeypatch.setattr(table_files, "_SHARDS_OF_A_PROCESS", shards_of_a_process)
+        write_table(tmp_path / TABLE, "human", open_features(experiment, "human"), labels, jobs=2)
+        written.append((tmp_path / TABLE).read_bytes())
+    assert written[0] == written[1]
 
 
 def test_labels_in_another_order_or_of_other_utterances_are_refused(tmp_path: Path) -> None:
@@ -97,5 +140,5 @@ def test_labels_in_another_order_or_of_other_utterances_are_refused(tmp_path: Pa
 
 
 def test_another_number_of_shards_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 shards of features but 1 of labels"):
+    with pytest.raises(ValueError, match="'human': 2 feature shards but 1 label shards"):
         labelled_source(make_experiment(tmp_path, [["a"]]), "human", Network(), 15)

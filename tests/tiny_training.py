@@ -9,6 +9,7 @@ from teacherstudent.config import Network, Optimisation, Schedule
 from teacherstudent.data.features import Normalisation
 from teacherstudent.training.batches import Source
 from teacherstudent.training.schedule import MACHINE, Plan
+from teacherstudent.training.shard_table import ShardTable
 from teacherstudent.training.train import Training
 
 NUM_SENONES, NUM_FEATURES = 5, 4
@@ -23,6 +24,11 @@ class Shard(dict[str, dict[str, np.ndarray]]):
     @property
     def ids(self) -> Sequence[str]:
         return tuple(self)
+
+    @property
+    def num_frames(self) -> np.ndarray:
+        """Of features or labels."""
+        return np.array([len(next(iter(arrays.values()))) for arrays in self.values()], np.int64)
 
 
 def make_source(name: str, num_utterances: int = 7, batch_frames: int = 30, nan: bool = False) -> Source:
@@ -39,7 +45,7 @@ def make_source(name: str, num_utterances: int = 7, batch_frames: int = 30, nan:
             {"ids": ids, "probabilities": probabilities} if name == MACHINE else {"senone": senone}
         )
     counts = np.array([len(utterance["values"]) for utterance in features.values()])
-    return Source(name, [features], [labels], [counts], batch_frames, seed=1)
+    return Source(name, [features], [labels], ShardTable.make([counts]), batch_frames, seed=1)
 
 
 def make_training(

@@ -7,8 +7,10 @@ Whether they were stored or are computed at every use changes nothing about thei
 
 import functools
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +20,8 @@ from teacherstudent.config import Conditions, Features
 from teacherstudent.data.dataset import audio_folder, prepared_shards
 from teacherstudent.data.extraction import Extractor, Unusable, read_cut
 from teacherstudent.data.features import Normalisation, normalise_by, normalise_causally
-from teacherstudent.data.packed import Arrays, PackedShard, open_shards
+from teacherstudent.data.packed import Arrays, PackedShard, count_shards, shard_path
+from teacherstudent.data.shard_sequence import ShardSequence
 from teacherstudent.experiment import Experiment
 
 _SHARDS_IN_MEMORY = 32  # manifests that a process keeps: twice the shards that a source shuffles together
@@ -49,32 +52,54 @@ def read_normalisation(experiment: Experiment) -> Normalisation:
 
 def open_features(
     experiment: Experiment, part: str, normalisation: Literal["global", "speaker", "causal"] = "global"
-) -> list["FeatureShard"]:
+) -> ShardSequence["FeatureShard"]:
     """The shards of a part, in order. normalisation: that of the network that will read them.
 
     "global" leaves the values alone: the network itself normalises by the mean and deviation of all data. "speaker"
     and "causal" come before that, and keep it right (see normalise_by).
     """
     folder = experiment.path("features", part)
-    config = experiment.config
-    raw: Sequence[ReadableShard]
-    if config.features.storage == "stored":
-        raw = open_shards(folder, "features")
+    if experiment.config.features.storage == "stored":
+        count = count_shards(os.listdir(folder) if folder.is_dir() else [], folder, "features")
     else:
-        audio = audio_folder(experiment, part)
-        paths = prepared_shards(experiment, part)
-        raw = [AudioShard(path, audio, config.features, config.conditions) for path in paths]
-    if normalisation == "global":
-        return [FeatureShard(shard) for shard in raw]
-    overall = read_normalisation(experiment)
-    if normalisation == "causal":
-        return [FeatureShard(shard, Causal(overall)) for shard in raw]
-    _warn_unknown_speakers(experiment, part)
-    speakers = PackedShard(folder / "speakers.h5")
-    return [
-        FeatureShard(shard, BySpeaker(folder / f"index.{number:06d}.json", speakers, overall))
-        for number, shard in enumerate(raw)
-    ]
+        count = len(prepared_shards(experiment, part))
+    overall, speakers = None, None
+    if normalisation != "global":
+        overall = read_normalisation(experiment)
+    if normalisation == "speaker":
+        _warn_unknown_speakers(experiment, part)
+        speakers = PackedShard(folder / "speakers.h5")
+    audio = audio_folder(experiment, part)
+    config = experiment.config
+    return ShardSequence(_Open(folder, audio, config.features, config.conditions, overall, speakers), count)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """One shard of a part, by number."""
+
+    folder: Path
+    audio: Path
+    settings: Features
+    conditions: Conditions
+    overall: Normalisation | None  # where the features are normalised before the network does
+    speakers: PackedShard | None  # where that is by speaker
+
+    def __call__(self, number: int) -> "FeatureShard":
+        return FeatureShard(self._raw(number), self._normaliser(number))
+
+    def _raw(self, number: int) -> "ReadableShard":
+        if self.settings.storage == "stored":
+            return PackedShard(shard_path(self.folder, "features", number))
+        cuts = self.folder / f"cuts.{number:06d}.jsonl"
+        return AudioShard(cuts, self.audio, self.settings, self.conditions)
+
+    def _normaliser(self, number: int) -> "Normaliser | None":
+        if self.overall is None:
+            return None
+        if self.speakers is None:
+            return Causal(self.overall)
+        return BySpeaker(self.folder / f"index.{number:06d}.json", self.speakers, self.overall)
 
 
 class FeatureShard:

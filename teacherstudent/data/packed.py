@@ -32,7 +32,7 @@ BLOCK_FRAMES = 256  # frames under one checksum, and in one HDF5 chunk
 _BUFFER_BLOCKS = 16  # written, or read in order, at a time
 
 _FETCHES = 3
-_OPEN_FILES = 64  # at a time and thread, however many shards there are
+_OPEN_FILES = 128  # at a time and thread, however many shards there are
 _opened = threading.local()
 
 Arrays = dict[str, NDArray[Any]]

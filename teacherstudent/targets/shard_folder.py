@@ -52,7 +52,7 @@ class ShardFolder:
         self._fetch: Callable[[Path], None] | None = None
         if self.is_remote:
             self._fetch = _Cache(self.cache_folder, self.url, cache_bytes).fetch
-        self.num_shards = count_shards((name for name, _ in self._list()), self.url, stem)
+        self.num_shards = count_shards(self._names(), self.url, stem)
 
     def open(self, number: int) -> PackedShard:
         """Not read before it is used."""
@@ -81,7 +81,7 @@ class ShardFolder:
 
     def orphans(self) -> list[str]:
         """Hashes whose shard is missing."""
-        names = {name for name, _ in self._list()}
+        names = set(self._names())
         ends = hash_path(Path(".h5")).name
         hashes = (name for name in names if name.startswith(f"{self.stem}.") and name.endswith(ends))
         return sorted(name for name in hashes if name.removesuffix(".sha256") not in names)
@@ -97,11 +97,17 @@ class ShardFolder:
     def _path(self, number: int) -> Path:
         return shard_path(self._local, self.stem, number)
 
+    def _names(self) -> Iterator[str]:
+        """Of all files; of local ones without asking for the state of each, which takes long for very many."""
+        if self.is_remote:
+            return (name for name, _ in self._list())
+        if not self._local.is_dir():
+            raise ValueError(f"{self.url} is no folder: name one that holds {self.stem}.000000.h5, …")
+        return iter(os.listdir(self._local))
+
     def _list(self) -> Iterator[tuple[str, str]]:
         """Name and state of each file: what changes with its contents."""
         if not self.is_remote:
-            if not self._local.is_dir():
-                raise ValueError(f"{self.url} is no folder: name one that holds {self.stem}.000000.h5, …")
             for entry in os.scandir(self._local):
                 state = entry.stat()
                 yield entry.name, f"{state.st_size} {state.st_mtime_ns}"

@@ -4,6 +4,7 @@
     targets/left_out.000003.json        its utterances that could not be labelled, with the reason
     targets/numeric_mode.json           what the whole store is computed in
     targets/skipped.jsonl, report.json  what was left out in all; written at the end
+    targets/shard_table.npy             how long the utterances of each shard are (shard_table.py); likewise
 
 The shards without targets are a queue. Any number of workers take them: those of a launcher, and processes started by
 hand on any machine that sees the folder, which may come late, leave, and die (claims.py). A shard's bytes depend on its
@@ -52,7 +53,9 @@ from teacherstudent.training.inference import (
 )
 from teacherstudent.training.models import AcousticModel, model_from_state
 from teacherstudent.training.pipeline import WriteBehind, read_ahead
-from teacherstudent.training.trainings import target_provenance
+from teacherstudent.training.schedule import MACHINE
+from teacherstudent.training.table_files import TABLE, write_table
+from teacherstudent.training.trainings import open_targets, target_provenance
 
 _BATCHES_AHEAD = 2
 _EXAMPLES = 5
@@ -87,6 +90,8 @@ def label(experiment: Experiment, comm: Communicator) -> list[Path]:
         if comm.rank == 0:
             with claims.hold("report"):
                 _report(folder, len(shards), part, settings.max_bad_share)
+                jobs = experiment.config.features.jobs
+                write_table(folder / TABLE, MACHINE, shards, open_targets(experiment), jobs)
                 _clean(folder)
                 claims.sweep()
     comm.barrier(math.inf)
@@ -95,7 +100,7 @@ def label(experiment: Experiment, comm: Communicator) -> list[Path]:
 
 def list_outputs(folder: Path, num_shards: int) -> list[Path]:
     """All that belongs to a store."""
-    outputs = [folder / name for name in ("numeric_mode.json", "report.json", "skipped.jsonl")]
+    outputs = [folder / name for name in ("numeric_mode.json", "report.json", "skipped.jsonl", TABLE)]
     for number in range(num_shards):
         path = shard_path(folder, STEM, number)
         outputs += [path, hash_path(path), _left_out_path(folder, number)]

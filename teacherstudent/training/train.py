@@ -132,7 +132,7 @@ def _validate(
     """
     sums = torch.tensor([0, 0, 0, progress.loss], dtype=torch.float64, device=comm.device)
     with optimizer.global_weights():
-        mine = range(comm.rank, len(dev.plan(0)), comm.size)
+        mine = range(comm.rank, dev.num_batches(0), comm.size)
         for _, batch in reader.read(Request(_DEV, Position(0, index)) for index in mine):
             batch = batch.to(comm.device)
             loss, errors = batch_loss(model(batch.features, batch.lengths), batch)

@@ -1,23 +1,28 @@
 """What the `teacher` and `student` steps train on, from the experiment's folder."""
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from teacherstudent.config import Network, Optimisation, Schedule
-from teacherstudent.data.feature_reader import FeatureShard, open_features, read_normalisation
+from teacherstudent.data.feature_reader import open_features, read_normalisation
 from teacherstudent.data.manifests import DEV, HUMAN, UNLABELLED
 from teacherstudent.data.packed import open_shards
 from teacherstudent.data.prefetch import num_readers
+from teacherstudent.data.shard_sequence import ShardSequence
 from teacherstudent.distributed import Communicator
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import hash_file
 from teacherstudent.store import TargetStore
-from teacherstudent.training.batches import Source, Utterances
+from teacherstudent.training.batches import Source
 from teacherstudent.training.schedule import HUMAN as HUMAN_SOURCE
 from teacherstudent.training.schedule import MACHINE as MACHINE_SOURCE
 from teacherstudent.training.schedule import Plan
+from teacherstudent.training.shard_pairs import Labels
+from teacherstudent.training.table_files import TABLE, find_table
 from teacherstudent.training.train import Training, train
 from teacherstudent.tying.senones import Inventory
 
@@ -62,8 +67,12 @@ def _train(
         readers=num_readers(experiment.config.features),
     )
     batch_frames = optimisation.batch_frames
+    if comm.rank > 0:
+        comm.barrier(math.inf)  # until rank 0 has made the tables that there are not yet
     sources = {source: open_source(experiment, source, network, batch_frames) for source in plan.sources}
     dev = labelled_source(experiment, DEV, network, batch_frames)
+    if comm.rank == 0:
+        comm.barrier(math.inf)
     train(comm, training, sources, dev)
     return [folder / "best.pt", folder / "final.pt", folder / "log.jsonl"]
 
@@ -83,15 +92,21 @@ def target_provenance(experiment: Experiment) -> dict[str, str]:
 
 def labelled_source(experiment: Experiment, part: str, network: Network, batch_frames: int) -> Source:
     labels = open_shards(experiment.path("senones", part), "labels")
-    return _source(experiment, HUMAN_SOURCE, part, network, labels, batch_frames)
+    table = experiment.path("senones", part, TABLE)
+    return _source(experiment, HUMAN_SOURCE, part, network, labels, table, batch_frames)
 
 
 def open_source(experiment: Experiment, source: str, network: Network, batch_frames: int) -> Source:
     if source == HUMAN_SOURCE:
         return labelled_source(experiment, HUMAN, network, batch_frames)
+    targets, table = open_targets(experiment), experiment.path("targets", TABLE)
+    return _source(experiment, MACHINE_SOURCE, UNLABELLED, network, targets, table, batch_frames)
+
+
+def open_targets(experiment: Experiment) -> "ShardSequence[Targets]":
+    """The teacher's targets for the unlabelled part, shard by shard."""
     store = TargetStore(experiment.path("targets"), expect=target_provenance(experiment))
-    targets = [_Targets(store, number) for number in range(store.num_shards)]
-    return _source(experiment, MACHINE_SOURCE, UNLABELLED, network, targets, batch_frames)
+    return ShardSequence(partial(Targets, store), store.num_shards)
 
 
 def _source(
@@ -99,45 +114,16 @@ def _source(
     name: str,
     part: str,
     network: Network,
-    labels: Sequence[Utterances],
+    labels: Sequence[Labels],
+    table: Path,
     batch_frames: int,
 ) -> Source:
     features = open_features(experiment, part, network.normalisation)
-    if len(features) != len(labels):
-        raise ValueError(
-            f"part {part!r}: {len(features)} shards of features but {len(labels)} of labels: the step that makes the "
-            "labels has to run again"
-        )
-    chosen = [_choose(*pair) for pair in zip(features, labels)]
-    lengths = [shard.num_frames for shard in chosen]
-    return Source(name, chosen, labels, lengths, batch_frames, experiment.config.seed)
+    found = find_table(table, name, features, labels, experiment.config.features.jobs)
+    return Source(name, features, labels, found, batch_frames, experiment.config.seed)
 
 
-def _choose(features: FeatureShard, labels: Utterances) -> "FeatureShard | _Chosen":
-    return features if tuple(features.ids) == tuple(labels.ids) else _Chosen(features, labels)
-
-
-class _Chosen:
-    """The utterances of a feature shard that have labels: those without an alignment, or whose audio was spoilt when
-    the teacher came to them, have none.
-    """
-
-    def __init__(self, features: FeatureShard, labels: Utterances) -> None:
-        labelled = set(labels.ids)
-        self._features = features
-        self._rows = np.array([row for row, name in enumerate(features.ids) if name in labelled], np.int64)
-        self.num_frames = features.num_frames[self._rows]
-
-    @property
-    def ids(self) -> Sequence[str]:
-        ids = self._features.ids
-        return [ids[row] for row in self._rows]
-
-    def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
-        return self._features[utterance_id]
-
-
-class _Targets:
+class Targets:
     """One shard of the target store, as a source's labels."""
 
     def __init__(self, store: TargetStore, number: int) -> None:
@@ -146,6 +132,10 @@ class _Targets:
     @property
     def ids(self) -> Sequence[str]:
         return self._store.shard_ids(self._number)
+
+    @property
+    def num_frames(self) -> None:
+        """How many frames are in a record, its reader knows."""
 
     def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
         ids, log_posteriors = self._store.read(self._number, utterance_id)
