@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="print the resolved configuration, the parameters, the schedule and the plan; start nothing",
             )
+            step.add_argument(
+                "--draw", metavar="FILE", help="with --dry-run: draw the schedule as .png, .svg or .pdf, too"
+            )
         if name == "senones":
             step.add_argument("--show", metavar="PHONE", help="draw a phone's tree, its questions in words")
             step.add_argument("--kaldi", metavar="FOLDER", help="write tree, topo and phones.txt for Kaldi")
@@ -93,14 +96,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
-    if getattr(options, "dry_run", False):
-        from teacherstudent.dry_run import describe
-
-        print(describe(config, options.step))
-        return 0
+    if getattr(options, "dry_run", False) or getattr(options, "draw", None):
+        return _run_dry(config, options)
     if getattr(options, "show", None) or getattr(options, "kaldi", None):
         return _look_at_senones(config, options)
     return _run_steps(config, options)
+
+
+def _run_dry(config: Config, options: argparse.Namespace) -> int:
+    from teacherstudent.dry_run import describe, draw
+
+    if options.draw and not options.dry_run:
+        raise ValueError("--draw belongs to --dry-run: it draws what would be trained; add --dry-run")
+    print(describe(config, options.step))
+    if options.draw:
+        draw(config, options.step, Path(options.draw))
+    return 0
 
 
 def _look_at_senones(config: Config, options: argparse.Namespace) -> int:

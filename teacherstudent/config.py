@@ -14,14 +14,23 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 
-from teacherstudent.settings import RUNTIME, Range, Section, as_tables, build, merge, parse_override, require
-
-Count = Annotated[int, Range(1)]
-Natural = Annotated[int, Range(0)]
-Finite = Annotated[float, Range()]
-Positive = Annotated[float, Range(0, above=True)]
-NotNegative = Annotated[float, Range(0)]
-Share = Annotated[float, Range(0, 1)]
+from teacherstudent.settings import (
+    RUNTIME,
+    Count,
+    Finite,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Section,
+    Share,
+    as_tables,
+    build,
+    merge,
+    parse_override,
+    require,
+)
+from teacherstudent.training_settings import Schedule
 
 
 @dataclass(frozen=True)
@@ -182,26 +191,6 @@ class Network(Section):
 
 
 @dataclass(frozen=True)
-class Schedule(Section):
-    """Which source each step trains on, and at which learning rate. Every worker is on the same source."""
-
-    mode: Literal["interleaved", "human-only", "machine-only"] = "interleaved"
-    steps: Count = 10000
-    machine_turn_steps: Count = 3
-    human_turn_steps: Count = 1
-    human_learning_rate_multiplier: Positive = 2.0
-    # Exponential decay reaches it at the last step.
-    final_learning_rate_ratio: Annotated[float, Range(0, 1, above=True)] = 0.1
-    warmup_steps: Natural = 0
-    validate_every_steps: Count = 500
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        needed = f"below steps, which is {self.steps}"
-        require(self.warmup_steps < self.steps, "schedule.warmup_steps", self.warmup_steps, needed)
-
-
-@dataclass(frozen=True)
 class Optimisation(Section):
     """How one step is taken, and how the workers share it."""
 
@@ -239,6 +228,10 @@ class Teacher(Section):
     schedule: Schedule = field(default_factory=lambda: Schedule(mode="human-only"))
     optimisation: Optimisation = field(default_factory=Optimisation)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_blocks(self.schedule, self.optimisation, "teacher")
+
 
 @dataclass(frozen=True)
 class Label(Section):
@@ -268,6 +261,15 @@ class Student(Section):
     workers: Natural = 0  # in-process ones that train it when no launcher did; 0: distributed.workers
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     only: str = field(default="", metadata=RUNTIME)  # train this variant alone
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_blocks(self.schedule, self.optimisation, "student")
+
+
+def _check_blocks(schedule: Schedule, optimisation: Optimisation, where: str) -> None:
+    if optimisation.method in ("bmuf", "two-tiers"):
+        schedule.check_blocks(optimisation.block_steps, optimisation.exact_steps, where)
 
 
 @dataclass(frozen=True)
@@ -313,6 +315,7 @@ class Distributed(Section):
 class Config(Section):
     folder: str = field(default="experiment", metadata=RUNTIME)
     seed: Natural = 0
+    tensorboard: bool = field(default=False, metadata=RUNTIME)  # of the trainings, in log/tensorboard
     corpus: Corpus = field(default_factory=Corpus)
     data: Data = field(default_factory=Data)
     features: Features = field(default_factory=Features)

@@ -1,46 +1,106 @@
 """`--dry-run`: what a training would do, with no data, inventory or worker present."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from teacherstudent import wheels
 from teacherstudent.config import Config, Features, Network, Optimisation, Schedule, to_toml
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
 from teacherstudent.training.models import num_parameters
 from teacherstudent.training.schedule import Plan
+from teacherstudent.training.schedule_drawing import LEGEND, draw_learning_rates, draw_turns
+
+
+@dataclass(frozen=True)
+class _Planned:
+    network: Network
+    schedule: Schedule
+    optimisation: Optimisation
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.schedule, self.optimisation.learning_rate)
 
 
 def describe(config: Config, step: str) -> str:
     """The resolved configuration, then parameters, schedule and amount of data of every training of the step."""
-    trainings: dict[str, tuple[Network, Schedule, Optimisation]] = {}
-    if step in ("teacher", "run"):
-        teacher = config.teacher
-        trainings["teacher"] = (teacher.network, teacher.schedule, teacher.optimisation)
-    if step in ("student", "run"):
-        for name, student in config.student_variants().items():
-            if config.student.only in ("", name):
-                trainings[f"student {name}"] = (student.network, student.schedule, student.optimisation)
     blocks = [to_toml(config).rstrip()]
-    for name, (network, schedule, optimisation) in trainings.items():
-        blocks.append(f"{name}\n" + _describe(config, network, schedule, optimisation))
+    blocks += [f"{name}\n" + _describe(config, planned) for name, planned in _trainings(config, step).items()]
     return "\n\n".join(blocks)
 
 
-def _describe(config: Config, network: Network, schedule: Schedule, optimisation: Optimisation) -> str:
-    plan = Plan(schedule, optimisation.learning_rate)
+def draw(config: Config, step: str, path: Path) -> None:
+    """The schedules of the step's trainings as a picture: PNG, SVG or PDF by the path's suffix.
+
+    Raises ValueError for another suffix, and without matplotlib.
+    """
+    wheels.load("matplotlib", "report")
+    from teacherstudent.reporting.report_figures import save_schedules
+
+    save_schedules([(name, planned.plan) for name, planned in _trainings(config, step).items()], path)
+
+
+def _trainings(config: Config, step: str) -> dict[str, _Planned]:
+    trainings: dict[str, _Planned] = {}
+    if step in ("teacher", "run"):
+        teacher = config.teacher
+        trainings["teacher"] = _Planned(teacher.network, teacher.schedule, teacher.optimisation)
+    if step in ("student", "run"):
+        for name, student in config.student_variants().items():
+            if config.student.only in ("", name):
+                planned = _Planned(student.network, student.schedule, student.optimisation)
+                trainings[f"student {name}"] = planned
+    return trainings
+
+
+def _describe(config: Config, planned: _Planned) -> str:
+    network, optimisation, plan = planned.network, planned.optimisation, planned.plan
     parameters = num_parameters(network, config.senones.target, _num_features(config.features))
     workers = config.distributed.workers
-    hours = len(plan) * workers * optimisation.batch_frames * FRAME_SHIFT_SECONDS / 3600
     kind = "bidirectional" if network.bidirectional else "unidirectional"
-    first = "".join(plan[index].source[0] for index in range(min(40, len(plan))))
     delay = f", output delay {network.output_delay_frames} frames" if network.output_delay_frames else ""
     return "\n".join(
         [
             f"  network     {network.layers} x {network.cells} {kind} LSTM{delay}, "
             f"{parameters / 1e6:.2f} M parameters with {config.senones.target} senones",
             f"  schedule    {plan.describe()}",
-            f"  first steps {first} (h human-labelled, m machine-labelled)",
+            f"  first steps {draw_turns(plan)} ({LEGEND})",
+            *(f"              {line}" for line in draw_learning_rates(plan)),
+            f"  sub-epochs  {_describe_sub_epochs(plan)}",
             f"  workers     {workers} in this process without a launcher, the launched ones under one; "
             f"method {optimisation.method}",
-            f"  data        {optimisation.batch_frames} frames a step and worker: at most {hours:.1f} hours of audio",
+            f"  data        {optimisation.batch_frames} frames a step and worker: "
+            + _describe_data(plan, optimisation.batch_frames, workers),
         ]
     )
+
+
+def _describe_sub_epochs(plan: Plan) -> str:
+    schedule = plan.schedule
+    text = f"{plan.num_sub_epochs} of {min(schedule.validate_every_steps, len(plan))} steps, each with a validation"
+    if schedule.held_out_utterances and "machine" in plan.sources:
+        text += f", also on {schedule.held_out_utterances} machine-labelled utterances"
+    if schedule.stop_after_validations:
+        text += f"; stops after {schedule.stop_after_validations} without a lower frame error"
+    if schedule.average_models:
+        text += f"; the {schedule.average} {schedule.average_models} models are averaged"
+    return text
+
+
+def _describe_data(plan: Plan, batch_frames: int, workers: int) -> str:
+    """Batches are filled as far as whole utterances do: it may be less."""
+    hours = {
+        source: plan.num_steps(source)
+        * plan.batch_frames(source, batch_frames)
+        * workers
+        * FRAME_SHIFT_SECONDS
+        / 3600
+        for source in plan.sources
+    }
+    each = ", ".join(
+        f"{source} {plan.num_steps(source)} steps, {hours[source]:.1f} hours" for source in plan.sources
+    )
+    return f"at most {sum(hours.values()):.1f} hours of audio ({each})"
 
 
 def _num_features(features: Features) -> int:

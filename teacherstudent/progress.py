@@ -8,11 +8,15 @@ _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{r
 
 
 class HoursBar:
-    """A progress bar that is told seconds of audio and shows hours."""
+    """A progress bar that is told seconds of audio and shows hours, and the time left.
 
-    def __init__(self, total_seconds: float, what: str, show: bool = True) -> None:
+    done_seconds: of audio, in an earlier run: they say nothing of this one's speed.
+    """
+
+    def __init__(self, total_seconds: float, what: str, show: bool = True, done_seconds: float = 0.0) -> None:
         self._bar = tqdm(
             total=max(total_seconds, 1e-9) / 3600,
+            initial=min(done_seconds, total_seconds) / 3600,
             desc=f"{what:>22}",
             bar_format=_FORMAT,
             file=sys.stderr,
@@ -36,5 +40,5 @@ class HoursBar:
         self._bar.close()
 
 
-def hours_bar(total_seconds: float, what: str, show: bool = True) -> HoursBar:
-    return HoursBar(total_seconds, what, show)
+def hours_bar(total_seconds: float, what: str, show: bool = True, done_seconds: float = 0.0) -> HoursBar:
+    return HoursBar(total_seconds, what, show, done_seconds)

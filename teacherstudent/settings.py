@@ -44,6 +44,14 @@ class Range:
         return f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
 
 
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
 @dataclass(frozen=True)
 class Section:
     """Settings that belong together; each is in its range, however they were made."""

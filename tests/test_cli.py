@@ -172,6 +172,31 @@ def test_a_dry_run_prints_parameters_and_schedule_and_starts_nothing(
     assert not (tmp_path / "exp").exists()
 
 
+@pytest.mark.parametrize(("name", "begins"), [("plan.png", b"\x89PNG"), ("deep/plan.svg", b"<?xml")])
+def test_a_dry_run_draws_the_schedule_the_same_every_time(tmp_path: Path, name: str, begins: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["student", str(TINY), f"folder={tmp_path / 'exp'}", "--dry-run", "--draw"]
+    drawn = []
+    for number in range(2):
+        path = tmp_path / str(number) / name
+        assert cli.main([*words, str(path)]) == 0
+        drawn.append(path.read_bytes())
+    assert drawn[0].startswith(begins)
+    assert drawn[0] == drawn[1]
+    assert not (tmp_path / "exp").exists()
+
+
+def test_a_picture_needs_a_dry_run_and_a_suffix_that_is_known(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert "add --dry-run" in error_of(capsys, "student", TINY, "--draw", str(tmp_path / "plan.png"))
+    assert ".png, .svg or .pdf" in error_of(
+        capsys, "student", TINY, "--dry-run", "--draw", str(tmp_path / "plan")
+    )
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_tree_of_a_phone_is_drawn_and_kaldis_files_are_written_wherever_the_options_stand(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_experiment: Path
 ) -> None:

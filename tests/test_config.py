@@ -119,7 +119,10 @@ def test_a_key_like_no_other_is_answered_with_all_of_its_section(toml: Path) -> 
         ("student.variants.a=3", "a table"),
         ("corpus.snr_db=10", "a list"),
         ("corpus.snr_db=['loud']", "a number"),
-        ("teacher.schedule.mode=humanonly", "'interleaved', 'human-only', 'machine-only'"),
+        (
+            "teacher.schedule.mode=humanonly",
+            "'interleaved', 'sequential', 'mixed', 'human-only', 'machine-only'",
+        ),
         ("features.sampling_rate=44100", "8000, 16000"),
         ("features.sampling_rate=16000.0", "8000, 16000"),
         ("teacher=3", "a section"),

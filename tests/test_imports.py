@@ -7,18 +7,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "settings config files features lexicon alignments alignment_comparison mfcc gaussians tied_states "
-    "senones events questions tree_roots tree_view decision_tree kaldi_io event_map kaldi_topology "
-    "language_model grammar speakers noise losses models posteriors pseudo_words schedule progress "
-    "processes pipeline shard_table shard_pairs shard_sequence table_files claims target_codec "
-    "store_arguments spelling scoring error_tables results_table openfst lattice word_times "
-    "vocabulary wheels partial_files",
+    "settings training_settings config files features lexicon alignments alignment_comparison mfcc gaussians "
+    "tied_states senones events questions tree_roots tree_view decision_tree kaldi_io event_map kaldi_topology "
+    "language_model grammar speakers noise losses models posteriors pseudo_words schedule schedule_drawing progress "
+    "processes pipeline shard_table shard_pairs shard_sequence table_files claims target_codec store_arguments spelling scoring error_tables results_table "
+    "openfst lattice word_times vocabulary wheels partial_files",
     "conditions extraction feature_reader data_folders prefetch checkpoint packed_index packed manifests "
-    "inference shard_folder target_shard catalogue codings store_export experiment dataset store batches training_log "
+    "inference shard_folder target_shard catalogue codings store_export experiment dataset store batches model_average "
     "kaldi_tree alignment_index kaldi_alignments ctm textgrid kaldi_inventory training_graphs graph",
     "espeak pronunciation recording corpus sources feature_shards prepare flat_start_shards flat_start "
-    "align_sources align tie workers gradient train trainings label decode graph_sources sclite speed evaluate "
-    "dry_run report report_data report_errors report_figures report_page report_sections store_commands "
+    "align_sources align tie workers gradient training_log train trainings label decode graph_sources sclite speed "
+    "evaluate dry_run report report_data report_errors report_figures report_page report_sections store_commands "
     "store_figures",
     "run cli __main__",
 ]

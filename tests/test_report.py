@@ -112,7 +112,9 @@ def write_log(path, draw, sources, steps=400, bytes_a_step=0, density=None):
             lines.append(line | {"hours": step / 60, "bytes_sent": step * bytes_a_step, "density": density})
         if step % 40 == 0:
             dev = 1.4 + 3 * np.exp(-step / 90)
-            lines.append({"step": step, "dev_loss": dev, "dev_frame_error": 22 * dev})
+            figures = {"dev_loss": dev, "dev_frame_error": 22 * dev}
+            lines.append({"step": step, "source": "human", **figures})
+            lines.append({"step": step, "source": "machine", "held_out_loss": dev})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_training import make_source
 
-from teacherstudent.config import Config, Network
+from teacherstudent.config import Config, Network, Schedule
 from teacherstudent.data.feature_reader import open_features
 from teacherstudent.data.packed import PackedWriter, open_shards, shard_path
 from teacherstudent.experiment import Experiment
 from teacherstudent.store import TargetWriter
 from teacherstudent.training import table_files, trainings
-from teacherstudent.training.batches import Position
+from teacherstudent.training.batches import Position, Source
+from teacherstudent.training.schedule import Plan
 from teacherstudent.training.table_files import TABLE, write_table
 from teacherstudent.training.trainings import labelled_source, target_provenance
 
@@ -142,3 +144,56 @@ def test_labels_in_another_order_or_of_other_utterances_are_refused(tmp_path: Pa
 def test_another_number_of_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'human': 2 feature shards but 1 label shards"):
         labelled_source(make_experiment(tmp_path, [["a"]]), "human", Network(), 15)
+
+
+def write_targets(experiment: Experiment, ids: Sequence[Sequence[str]]) -> None:
+    for name in ("senones/inventory.json", "features/normalisation.json", "teacher/best.pt"):
+        experiment.path(name).parent.mkdir(parents=True, exist_ok=True)
+        experiment.path(name).write_text(name)
+    for number, names in enumerate(ids):
+        path = shard_path(experiment.path("targets"), "targets", number)
+        with TargetWriter(path, 20, 1, target_provenance(experiment)) as writer:
+            for name in names:
+                writer.write(name, torch.eye(20)[[FRAMES[name]] * FRAMES[name]])
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "sequential", "mixed", "machine-only"])
+def test_a_mode_without_the_data_it_needs_is_an_error_naming_mode_and_part(tmp_path: Path, mode: str) -> None:
+    plan = Plan(Schedule(mode=mode, steps=10), 0.1)  # type: ignore[arg-type]
+    experiment = make_experiment(tmp_path, FEATURES)
+    write_shards(experiment.path("features", "unlabelled"), "features", "values", (2,), [[], []])
+    write_targets(experiment, [[], []])
+    with pytest.raises(ValueError, match=rf"schedule\.mode = '{mode}' trains on part 'unlabelled'.*machine"):
+        trainings._open_sources(experiment, plan, Network(), 15)
+    assert set(
+        trainings._open_sources(experiment, Plan(Schedule(mode="human-only"), 0.1), Network(), 15)
+    ) == {"human"}
+
+
+def test_no_human_labelled_utterance_is_an_error_naming_mode_and_part(tmp_path: Path) -> None:
+    plan = Plan(Schedule(mode="human-only", steps=10), 0.1)
+    with pytest.raises(ValueError, match=r"schedule\.mode = 'human-only' trains on part 'human'"):
+        trainings._open_sources(make_experiment(tmp_path, [[], []]), plan, Network(), 15)
+
+
+def test_mixed_sources_are_opened_with_their_shares_of_a_batch(tmp_path: Path) -> None:
+    experiment = make_experiment(tmp_path, FEATURES)
+    write_shards(experiment.path("features", "unlabelled"), "features", "values", (2,), FEATURES)
+    write_targets(experiment, FEATURES)
+    sources = trainings._open_sources(experiment, Plan(Schedule(mode="mixed", steps=10), 0.1), Network(), 400)
+    assert {name: source.batch_frames for name, source in sources.items()} == {"human": 100, "machine": 300}
+
+
+def test_held_out_utterances_are_validated_on_and_never_trained_on() -> None:
+    whole = make_source("machine", 30)
+    rest, held_out = whole.hold_out(3)
+
+    def lengths(source: Source) -> list[int]:
+        batches = [source.batch(Position(0, number)) for number in range(source.num_batches(0))]
+        return sorted(length for batch in batches for length in batch.lengths.tolist())
+
+    assert len(lengths(held_out)) == 3
+    assert sorted(lengths(rest) + lengths(held_out)) == lengths(whole)  # every length is there once
+    for number in (0, 4):
+        with pytest.raises(ValueError, match=f"{number} utterances to hold out of 30"):
+            whole.hold_out(number)

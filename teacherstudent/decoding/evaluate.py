@@ -67,7 +67,8 @@ class System:
 
 def find_systems(experiment: Experiment) -> list[System]:
     """The teacher, every student at its best on the development speakers, and the human-only students twice:
-    early-stopped there, and after as many updates as the others. With decode.only, those of one network.
+    early-stopped there, and after as many updates as the others. Averaged models besides, where they are made. With
+    decode.only, those of one network.
     """
     only = experiment.config.decode.only
     teacher = experiment.config.teacher.optimisation
@@ -77,13 +78,17 @@ def find_systems(experiment: Experiment) -> list[System]:
     for name, student in experiment.config.student_variants().items():
         if only not in ("", name):
             continue
-        best, final = (experiment.path("students", name, file) for file in ("best.pt", "final.pt"))
+        best, final, averaged = (
+            experiment.path("students", name, file) for file in ("best.pt", "final.pt", "averaged.pt")
+        )
         rows = [(name, name, best)]
         if student.schedule.mode == "human-only":
             rows = [
                 (f"{name}-final", f"{name}, as many updates", final),
                 (f"{name}-early", f"{name}, early-stopped", best),
             ]
+        if student.schedule.average_models:
+            rows.append((f"{name}-averaged", f"{name}, averaged", averaged))
         systems += [System(row, "student", label, model, student.optimisation) for row, label, model in rows]
     names = [system.name for system in systems]
     for name in names:
@@ -343,8 +348,13 @@ def _compare(
     words: Mapping[str, Sequence[Sequence[str]]],
 ) -> dict[str, Any]:
     """The teacher and each student with machine labels, if decoded, against the better of the human-only students."""
-    helped = [name for name in (TEACHER, *experiment.config.student_variants()) if name in rows]
-    human_only = [name for name in rows if name not in helped]
+    human_only = [
+        row
+        for name, student in experiment.config.student_variants().items()
+        for row in (f"{name}-final", f"{name}-early", f"{name}-averaged")
+        if row in rows and student.schedule.mode == "human-only"
+    ]
+    helped = [name for name in rows if name not in human_only]
     errors = {name: row["conditions"][ALL]["errors"] for name, row in rows.items()}
     config = experiment.config
     return compare_systems(helped, human_only, test, words, errors, config.decode, config.seed)

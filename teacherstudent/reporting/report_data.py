@@ -185,7 +185,8 @@ def read_curves(name: str, path: Path) -> Curves:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}. Train again") from None
     keys = ("step", "hours", "loss", "bytes_sent", "density")
-    sources = {source: [row for row in rows if row.get("source") == source] for source in (HUMAN, MACHINE)}
+    trained = [row for row in rows if "loss" in row]
+    sources = {source: [row for row in trained if row["source"] == source] for source in (HUMAN, MACHINE)}
     train = {source: _columns(lines, keys) for source, lines in sources.items() if lines}
     validations = [row for row in rows if "dev_loss" in row]
     return Curves(name, train, _columns(validations, ("step", "dev_loss", "dev_frame_error")))

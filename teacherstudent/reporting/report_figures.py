@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -131,11 +132,29 @@ def draw_losses(trainings: Sequence[Curves], colours: dict[str, str]) -> str:
 @_styled
 def draw_schedules(plans: Sequence[tuple[str, Plan]]) -> str:
     """Learning rate by step, coloured by source: the first steps one by one, then all of them."""
+    return _svg(_schedules(plans), "Learning rate by step, for human and machine labels.")
+
+
+@_styled
+def save_schedules(plans: Sequence[tuple[str, Plan]], path: Path) -> None:
+    """As draw_schedules, in a file: .png, .svg or .pdf. Raises ValueError for another suffix."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path}: a picture is written as .png, .svg or .pdf; give it one of these suffixes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "schedules"}):
+        dateless = (
+            None if path.suffix == ".png" else {"Date" if path.suffix == ".svg" else "CreationDate": None}
+        )
+        _schedules(plans).savefig(path, metadata=dateless, facecolor="white", dpi=150)
+
+
+def _schedules(plans: Sequence[tuple[str, Plan]]) -> Figure:
     figure = Figure((_WIDTH_INCHES, 2.2 * len(plans)), layout="constrained")
     for axes, (name, plan) in zip(figure.subplots(len(plans), 2, squeeze=False), plans, strict=True):
         for part, steps in zip(axes, (range(min(ZOOM_STEPS, len(plan))), _spread(len(plan))), strict=True):
             for source in (HUMAN, MACHINE):
-                chosen = [(step, plan[step].learning_rate) for step in steps if plan[step].source == source]
+                portions = [(step, portion) for step in steps for portion in plan[step].portions]
+                chosen = [(step, each.learning_rate) for step, each in portions if each.source == source]
                 if not chosen:
                     continue
                 where, rates = np.array(chosen).T
@@ -150,7 +169,7 @@ def draw_schedules(plans: Sequence[tuple[str, Plan]]) -> str:
         _finish(axes[1], f"all {len(plan):,} steps", "")
         for part in axes:
             part.set_ylim(bottom=0)
-    return _svg(figure, "Learning rate by step, for human and machine labels.")
+    return figure
 
 
 @_styled

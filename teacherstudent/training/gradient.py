@@ -8,7 +8,7 @@ import torch
 from teacherstudent.config import Optimisation
 from teacherstudent.distributed.optimizers import DistributedOptimizer
 from teacherstudent.training.batches import Batch
-from teacherstudent.training.losses import num_frame_errors, posterior_loss, senone_loss
+from teacherstudent.training.losses import best_senones, num_frame_errors, posterior_loss, senone_loss
 from teacherstudent.training.models import AcousticModel
 
 
@@ -66,8 +66,10 @@ def _backward(model: AcousticModel, part: Part, noise: torch.Generator, num_fram
 
 
 def batch_loss(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int | None]:
-    """Summed loss, and frame errors where there are human labels."""
+    """Summed loss, and frame errors: against human labels, or the teacher's best senone."""
     if batch.senones is not None:
         return senone_loss(logits, batch.senones), int(num_frame_errors(logits.detach(), batch.senones))
     assert batch.ids is not None and batch.probabilities is not None
-    return posterior_loss(logits, batch.ids, batch.probabilities), None
+    best = best_senones(batch.ids, batch.probabilities)
+    errors = int(num_frame_errors(logits.detach(), best))
+    return posterior_loss(logits, batch.ids, batch.probabilities), errors

@@ -32,3 +32,9 @@ def posterior_loss(logits: Tensor, ids: Tensor, probabilities: Tensor) -> Tensor
 def num_frame_errors(logits: Tensor, senones: Tensor) -> Tensor:
     """Valid frames whose best senone is another than the label. senones (B, T) or PADDING."""
     return ((logits.argmax(dim=2) != senones) & (senones != PADDING)).sum()
+
+
+def best_senones(ids: Tensor, probabilities: Tensor) -> Tensor:
+    """Of kept posteriors, padded with zeros: the likeliest of each frame. (B, T, K) twice -> (B, T), or PADDING."""
+    highest, place = probabilities.max(dim=2)
+    return ids.gather(2, place[..., None])[..., 0].masked_fill(highest == 0, PADDING)

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from teacherstudent.data.prefetch import BatchReader, Request, list_requests
 from teacherstudent.distributed import Communicator
 from teacherstudent.distributed.optimizers import DistributedOptimizer
 from teacherstudent.progress import hours_bar
-from teacherstudent.training import checkpoint
-from teacherstudent.training.batches import Position, Source
+from teacherstudent.training import checkpoint, model_average
+from teacherstudent.training.batches import Batch, Position, Source
 from teacherstudent.training.gradient import Part, batch_loss, compute_gradient
+from teacherstudent.training.model_average import Validated
 from teacherstudent.training.models import AcousticModel, build_model, model_state
-from teacherstudent.training.schedule import Plan
+from teacherstudent.training.schedule import HUMAN, MACHINE, Plan
 from teacherstudent.training.training_log import TrainingLog
 from teacherstudent.training.workers import make_optimizer
 
-_DEV = "dev"
+# What is validated on: the source whose labels it has, and where its lines of the log begin.
+_VALIDATIONS = {"dev": HUMAN, "held_out": MACHINE}
 _DIVERGED = 10.0  # times the loss of guessing: no training comes back from there
 
 
@@ -41,6 +44,11 @@ class Training:
     seed: int
     provenance: Mapping[str, Any]
     readers: int = 0  # processes that make the batches ahead, for each worker; 0: made as they are needed
+    board: Path | None = None  # a folder for TensorBoard
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoint"
 
 
 @dataclass
@@ -48,64 +56,123 @@ class Progress:
     """What a checkpoint holds besides weights: where each source stands, and the best so far."""
 
     step: int = 0
-    frames: int = 0  # of this worker
+    frames: dict[str, int] = field(default_factory=dict)  # of this worker, by source
     loss: float = 0.0  # of this worker, summed over its frames: not finite once that of any step was not
     best_frame_error: float = float("inf")
     best_step: int = 0
+    num_validations_since_best: int = 0
+    stopped: bool = False  # before the last step of the plan
     positions: dict[str, Position] = field(default_factory=dict)
+    averaged: list[Validated] = field(default_factory=list)  # what averaged.pt would be made of now
 
 
-def train(comm: Communicator, training: Training, sources: Mapping[str, Source], dev: Source) -> None:
-    """Train on this worker, together with the others; write best.pt (on dev), final.pt and log.jsonl."""
+@dataclass(frozen=True)
+class _Worker:
+    """One training on one worker."""
+
+    comm: Communicator
+    training: Training
+    model: AcousticModel
+    optimizer: DistributedOptimizer
+    progress: Progress
+
+    @property
+    def hours(self) -> dict[str, float]:
+        """Of audio so far by source, over all workers, taking this one as typical."""
+        frames = self.progress.frames.items()
+        return {source: count * self.comm.size * FRAME_SHIFT_SECONDS / 3600 for source, count in frames}
+
+    def state(self) -> dict[str, Any]:
+        """Of the model as it is now."""
+        training, step = self.training, self.progress.step
+        provenance = dict(training.provenance) | {"step": step, "seed": training.seed}
+        return model_state(self.model, provenance)
+
+
+def train(
+    comm: Communicator,
+    training: Training,
+    sources: Mapping[str, Source],
+    dev: Source,
+    held_out: Source | None = None,
+) -> None:
+    """Train on this worker, together with the others; write best.pt (on dev), final.pt and log.jsonl.
+
+    held_out: machine-labelled, to validate on. With schedule.average_models, averaged.pt too.
+    """
+    plan = training.plan
+    assert set(plan.sources) <= set(sources), plan.sources
+    worker = _start(comm, training, sources)
+    progress = worker.progress
+    steps = range(progress.step, progress.step if progress.stopped else len(plan))
+    order = (portion.source for step in steps for portion in plan[step].portions)
+    requests = list_requests(order, sources, progress.positions, comm.rank, comm.size)
+    validated = {"dev": dev} | ({} if held_out is None else {"held_out": held_out})
+    total_seconds = len(plan) * comm.size * training.optimisation.batch_frames * FRAME_SHIFT_SECONDS
+    done_seconds = 3600 * sum(worker.hours.values())
+    with (
+        TrainingLog(training.folder / "log.jsonl", progress.step, comm.rank == 0, training.board) as log,
+        hours_bar(total_seconds, training.name, comm.rank == 0, done_seconds) as bar,
+        BatchReader({**sources, **validated}, training.readers) as reader,
+    ):
+        batches = reader.read(requests)
+        for step in steps:
+            taken = list(islice(batches, len(plan[step].portions)))
+            num_frames = _take_step(worker, taken, log)
+            last = progress.step == len(plan)
+            pauses = last or progress.step % plan.schedule.validate_every_steps == 0
+            log.step(progress.step, worker.hours, worker.optimizer.metrics, pauses)
+            bar.update(num_frames * comm.size * FRAME_SHIFT_SECONDS, loss=log.latest)
+            if pauses:
+                if last:
+                    worker.optimizer.synchronize()
+                _validate(worker, validated, reader, log)
+                _save(worker)
+            if progress.stopped:
+                break
+    if comm.rank == 0:
+        checkpoint.save(training.folder / "final.pt", worker.state())
+        if progress.averaged:
+            average = model_average.average(training.checkpoints, progress.averaged)
+            checkpoint.save(training.folder / "averaged.pt", average)
+    comm.barrier()
+
+
+def _start(comm: Communicator, training: Training, sources: Mapping[str, Source]) -> _Worker:
+    """From initial weights, or from the last checkpoint."""
     model = build_model(training.network, training.num_senones, training.normalisation, training.seed).to(
         comm.device
     )
     optimizer = make_optimizer(model.parameters(), comm, training.optimisation)
-    progress = Progress(positions={name: Position() for name in sources})
-    _resume(comm, training, model, optimizer, progress)
-    log = TrainingLog(training.folder / "log.jsonl", progress.step, writes=comm.rank == 0)
-    plan, validate_every = training.plan, training.plan.schedule.validate_every_steps
-    total_seconds = len(plan) * comm.size * training.optimisation.batch_frames * FRAME_SHIFT_SECONDS
-    order = (plan[step].source for step in range(progress.step, len(plan)))
-    requests = list_requests(order, sources, progress.positions, comm.rank, comm.size)
-    with (
-        hours_bar(total_seconds, training.name, show=comm.rank == 0) as bar,
-        BatchReader({**sources, _DEV: dev}, training.readers) as reader,
-    ):
-        bar.update(3600 * _hours(progress, comm))
-        for request, batch in reader.read(requests):
-            now, batch = plan[progress.step], batch.to(comm.device)
-            for group in optimizer.param_groups:
-                group["lr"] = now.base_learning_rate
-            noise = _noise(training.seed, progress.step, comm)
-            parts = [Part(batch)]
-            [measured], _ = compute_gradient(
-                model, optimizer, parts, noise, training.optimisation, now.multiplier
-            )
-            optimizer.step(weight=batch.num_frames)
-            progress.positions[now.source] = request.after
-            progress.step += 1
-            progress.frames += batch.num_frames
-            progress.loss += measured.loss
-            pauses = progress.step % validate_every == 0 or progress.step == len(plan)
-            log.add(now, measured.loss, measured.errors, batch.num_frames)
-            log.step(progress.step, _hours(progress, comm), optimizer.metrics, pauses)
-            bar.update(batch.num_frames * comm.size * FRAME_SHIFT_SECONDS, loss=log.latest)
-            if pauses:
-                if progress.step == len(plan):
-                    optimizer.synchronize()
-                _validate(comm, training, model, optimizer, dev, reader, progress, log)
-                _save(comm, training, model, optimizer, progress)
-    if comm.rank == 0:
-        checkpoint.save(
-            training.folder / "final.pt", model_state(model, _provenance(training, progress.step))
-        )
-    comm.barrier()
+    progress = Progress(positions={name: Position() for name in sources}, frames=dict.fromkeys(sources, 0))
+    worker = _Worker(comm, training, model, optimizer, progress)
+    _resume(worker)
+    return worker
 
 
-def _hours(progress: Progress, comm: Communicator) -> float:
-    """Of audio so far, over all workers, taking this one as typical."""
-    return progress.frames * comm.size * FRAME_SHIFT_SECONDS / 3600
+def _take_step(worker: _Worker, taken: Sequence[tuple[Request, Batch]], log: TrainingLog) -> int:
+    """One step on a micro-batch of each of its portions. Returns the frames of this worker."""
+    progress, optimizer, training = worker.progress, worker.optimizer, worker.training
+    now = training.plan[progress.step]
+    for group in optimizer.param_groups:
+        group["lr"] = now.base_learning_rate
+    parts = [
+        Part(batch.to(worker.comm.device), portion.loss_weight)
+        for (_, batch), portion in zip(taken, now.portions, strict=True)
+    ]
+    noise = _noise(training.seed, progress.step, worker.comm)
+    measured, norm = compute_gradient(
+        worker.model, optimizer, parts, noise, training.optimisation, now.multiplier
+    )
+    num_frames = sum(part.num_frames for part in measured)
+    optimizer.step(weight=num_frames)
+    progress.step += 1
+    for (request, _), part in zip(taken, measured, strict=True):
+        progress.positions[request.source] = request.after
+        progress.frames[request.source] += part.num_frames
+        progress.loss += part.loss
+    log.add(now, measured, norm)
+    return num_frames
 
 
 def _noise(seed: int, step: int, comm: Communicator) -> torch.Generator:
@@ -116,63 +183,81 @@ def _noise(seed: int, step: int, comm: Communicator) -> torch.Generator:
 
 @torch.no_grad()
 def _validate(
-    comm: Communicator,
-    training: Training,
-    model: AcousticModel,
-    optimizer: DistributedOptimizer,
-    dev: Source,
-    reader: BatchReader,
-    progress: Progress,
-    log: TrainingLog,
+    worker: _Worker, validated: Mapping[str, Source], reader: BatchReader, log: TrainingLog
 ) -> None:
-    """Loss and frame error on the development speakers, shared out over the workers; keeps the best model.
+    """Loss and frame error of each source's validation set, shared out over the workers; keeps the best model, and
+    stops the training when none was better for long.
 
     The best has the lowest frame error, not the lowest loss: a network that is sure of itself loses most on the
     speakers that it knows least, long before it stops to get better at telling senones apart on all of them.
     """
-    sums = torch.tensor([0, 0, 0, progress.loss], dtype=torch.float64, device=comm.device)
-    with optimizer.global_weights():
-        mine = range(comm.rank, dev.num_batches(0), comm.size)
-        for _, batch in reader.read(Request(_DEV, Position(0, index)) for index in mine):
-            batch = batch.to(comm.device)
-            loss, errors = batch_loss(model(batch.features, batch.lengths), batch)
-            sums[:3] += sums.new_tensor([float(loss), errors or 0, batch.num_frames])
-        total = comm.all_reduce(sums).tolist()
-        dev_loss = total[0] / total[2]
-        if not (dev_loss < _DIVERGED * math.log(training.num_senones) and math.isfinite(total[3])):
-            raise ValueError(
-                f"{training.name}: after {progress.step} steps the loss of a frame on the development speakers is "
-                f"{dev_loss:g}, that of all frames trained on {total[3]:g}: the training diverged; a lower "
-                f"learning_rate than {training.optimisation.learning_rate:g} is needed"
-            )
-        frame_error = total[1] / total[2]
-        if frame_error < progress.best_frame_error:
-            progress.best_frame_error, progress.best_step = frame_error, progress.step
-            if comm.rank == 0:
-                best = model_state(model, _provenance(training, progress.step))
-                checkpoint.save(training.folder / "best.pt", best)
-    log.write({"step": progress.step, "dev_loss": dev_loss, "dev_frame_error": 100 * frame_error})
+    progress, step = worker.progress, worker.progress.step
+    with worker.optimizer.global_weights():
+        found = {name: _measure(worker, name, source, reader) for name, source in validated.items()}
+        _check_converging(worker, found["dev"][0])
+        _keep_best(worker, found["dev"][1])
+    for name, (loss, frame_error) in found.items():
+        figures = {f"{name}_loss": loss, f"{name}_frame_error": 100 * frame_error}
+        log.write({"step": step, "source": _VALIDATIONS[name], **figures})
+    patience = worker.training.plan.schedule.stop_after_validations
+    if patience and progress.num_validations_since_best >= patience and step < len(worker.training.plan):
+        progress.stopped = True
+        worker.optimizer.synchronize()
+        log.write({"step": step, "stopped": f"no lower frame error in {patience} validations"})
 
 
-def _provenance(training: Training, step: int) -> dict[str, Any]:
-    return dict(training.provenance) | {"step": step, "seed": training.seed}
+def _measure(worker: _Worker, name: str, source: Source, reader: BatchReader) -> tuple[float, float]:
+    """Loss of a frame and share of wrong frames, over all workers: the same on all of them."""
+    comm = worker.comm
+    sums = torch.zeros(3, dtype=torch.float64, device=comm.device)
+    mine = range(comm.rank, source.num_batches(0), comm.size)
+    for _, batch in reader.read(Request(name, Position(0, index)) for index in mine):
+        batch = batch.to(comm.device)
+        loss, errors = batch_loss(worker.model(batch.features, batch.lengths), batch)
+        sums += sums.new_tensor([float(loss), errors or 0, batch.num_frames])
+    loss_sum, num_errors, num_frames = comm.all_reduce(sums).tolist()
+    return loss_sum / num_frames, num_errors / num_frames
+
+
+def _check_converging(worker: _Worker, dev_loss: float) -> None:
+    """Raises ValueError on every worker where the training has diverged on any."""
+    comm, training, progress = worker.comm, worker.training, worker.progress
+    trained = float(comm.all_reduce(torch.tensor([progress.loss], dtype=torch.float64, device=comm.device)))
+    if not (dev_loss < _DIVERGED * math.log(training.num_senones) and math.isfinite(trained)):
+        raise ValueError(
+            f"{training.name}: after {progress.step} steps the loss of a frame on the development speakers is "
+            f"{dev_loss:g}, that of all frames trained on {trained:g}: the training diverged; a lower "
+            f"learning_rate than {training.optimisation.learning_rate:g} is needed"
+        )
+
+
+def _keep_best(worker: _Worker, frame_error: float) -> None:
+    """best.pt, and what averaged.pt will be made of."""
+    progress, training = worker.progress, worker.training
+    schedule, writes = training.plan.schedule, worker.comm.rank == 0
+    progress.num_validations_since_best += 1
+    if frame_error < progress.best_frame_error:
+        progress.best_frame_error, progress.best_step = frame_error, progress.step
+        progress.num_validations_since_best = 0
+        if writes:
+            checkpoint.save(training.folder / "best.pt", worker.state())
+    latest = Validated(progress.step, frame_error)
+    progress.averaged = model_average.choose(
+        [*progress.averaged, latest], schedule.average_models, schedule.average
+    )
+    if writes and latest in progress.averaged:
+        model_average.keep(training.checkpoints, worker.state())
 
 
 # -- checkpoints: one file a rank, and one that says which step all of them have ------------------------------
 
 
-def _save(
-    comm: Communicator,
-    training: Training,
-    model: AcousticModel,
-    optimizer: DistributedOptimizer,
-    progress: Progress,
-) -> None:
-    folder = training.folder / "checkpoint"
+def _save(worker: _Worker) -> None:
+    comm, folder, progress = worker.comm, worker.training.checkpoints, worker.progress
     contents = {
         "progress": asdict(progress),
-        "weights": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "weights": worker.model.state_dict(),
+        "optimizer": worker.optimizer.state_dict(),
         "num_workers": comm.size,
     }
     checkpoint.save(folder / f"step{progress.step}.rank{comm.rank}.pt", contents)
@@ -184,16 +269,12 @@ def _save(
         for old in folder.glob("step*.pt"):
             if not old.name.startswith(f"step{progress.step}."):
                 old.unlink()
+        model_average.forget_others(folder, progress.averaged)
 
 
-def _resume(
-    comm: Communicator,
-    training: Training,
-    model: AcousticModel,
-    optimizer: DistributedOptimizer,
-    progress: Progress,
-) -> None:
-    pointer = training.folder / "checkpoint" / "latest.json"
+def _resume(worker: _Worker) -> None:
+    comm, optimizer, progress = worker.comm, worker.optimizer, worker.progress
+    pointer = worker.training.checkpoints / "latest.json"
     if not pointer.is_file():
         return
     latest = json.loads(pointer.read_text())
@@ -203,10 +284,12 @@ def _resume(
         for rank in optimizer.ranks_to_load(saved_size)
     ]
     with torch.no_grad():
-        for name, value in model.state_dict().items():
+        for name, value in worker.model.state_dict().items():
             value.copy_(saved_ranks[0]["weights"][name])
     optimizer.load_state_dicts([saved_rank["optimizer"] for saved_rank in saved_ranks])
     saved = saved_ranks[0]["progress"]
-    saved["frames"] = saved["frames"] * saved_size // comm.size  # of each worker, of as many in all
-    positions = {name: Position(**position) for name, position in saved.pop("positions").items()}
-    vars(progress).update(saved, positions=positions)
+    # Of each worker, of as many in all.
+    saved["frames"] = {name: count * saved_size // comm.size for name, count in saved["frames"].items()}
+    saved["positions"] = {name: Position(**position) for name, position in saved["positions"].items()}
+    saved["averaged"] = [Validated(**model) for model in saved["averaged"]]
+    vars(progress).update(saved)

@@ -65,16 +65,37 @@ def _train(
         seed=experiment.config.seed,
         provenance=provenance(experiment),
         readers=num_readers(experiment.config.features),
+        board=experiment.path("log", "tensorboard", name) if experiment.config.tensorboard else None,
     )
-    batch_frames = optimisation.batch_frames
     if comm.rank > 0:
         comm.barrier(math.inf)  # until rank 0 has made the tables that there are not yet
-    sources = {source: open_source(experiment, source, network, batch_frames) for source in plan.sources}
-    dev = labelled_source(experiment, DEV, network, batch_frames)
+    sources = _open_sources(experiment, plan, network, optimisation.batch_frames)
+    held_out = None
+    if schedule.held_out_utterances and MACHINE_SOURCE in sources:
+        rest, held_out = sources[MACHINE_SOURCE].hold_out(schedule.held_out_utterances)
+        sources[MACHINE_SOURCE] = rest
+    dev = labelled_source(experiment, DEV, network, optimisation.batch_frames)
     if comm.rank == 0:
         comm.barrier(math.inf)
-    train(comm, training, sources, dev)
-    return [folder / "best.pt", folder / "final.pt", folder / "log.jsonl"]
+    train(comm, training, sources, dev, held_out)
+    models = ["best.pt", "final.pt", *(["averaged.pt"] if schedule.average_models else [])]
+    return [folder / name for name in (*models, "log.jsonl")]
+
+
+def _open_sources(
+    experiment: Experiment, plan: Plan, network: Network, batch_frames: int
+) -> dict[str, Source]:
+    """Raises ValueError naming the mode where it needs a part that has no data."""
+    sources: dict[str, Source] = {}
+    for name in plan.sources:
+        try:
+            sources[name] = open_source(experiment, name, network, plan.batch_frames(name, batch_frames))
+        except ValueError as error:
+            part = HUMAN if name == HUMAN_SOURCE else UNLABELLED
+            raise ValueError(
+                f"schedule.mode = {plan.schedule.mode!r} trains on part {part!r}, {name}-labelled, and cannot: {error}"
+            ) from None
+    return sources
 
 
 def provenance(experiment: Experiment) -> dict[str, str]:
