@@ -97,19 +97,19 @@ class TwoTier(DistributedOptimizer):
             self._inside = method(optimizer, comm.split(group), initial_weights="check", **inner_options)
             groups = Groups(comm.split(group), comm.split(place))
             self._across = GroupBMUF(self, self._inside, groups, **block_options)
-        self._tiers = {
-            name: tier
-            for name, tier in (("inside", self._inside), ("across", self._across))
-            if tier is not None
-        }
+        self._join({"inside": self._inside, "across": self._across})
+        warn_of_what_is_left_out(comm.size, group_size, inner_options, block_options)
+
+    def _join(self, tiers: Mapping[str, DistributedOptimizer | None]) -> None:
+        """What the tiers count is one account, and the buffers belong to all of them."""
+        self._tiers = {name: tier for name, tier in tiers.items() if tier is not None}
         for tier in self._tiers.values():
             sent = self._counters["bytes_sent"] + tier._counters["bytes_sent"]
             self._counters |= {**tier._counters, "bytes_sent": sent}
         self._share_counters()
-        tiers = list(self._tiers.values())
-        self._first, self._outer = tiers[0], tiers[-1]  # who takes the gradients, and who the steps
+        present = list(self._tiers.values())
+        self._first, self._outer = present[0], present[-1]  # who takes the gradients, and who the steps
         self._outer._untrained = self._untrained
-        warn_of_what_is_left_out(comm.size, group_size, inner_options, block_options)
 
     def synchronize(self) -> None:
         """Close a partial block and leave W in the model. Collective; the next block starts from W."""

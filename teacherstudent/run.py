@@ -28,7 +28,7 @@ from teacherstudent.reporting.report import write_report
 from teacherstudent.synthesis.corpus import make_corpus
 from teacherstudent.training.label import label
 from teacherstudent.training.models import num_parameters
-from teacherstudent.training.trainings import train_student, train_teacher
+from teacherstudent.training.trainings import needs_targets, train_student, train_teacher
 from teacherstudent.training.workers import run_workers
 from teacherstudent.tying.tie import tie_senones
 
@@ -74,11 +74,11 @@ def find_steps(experiment: Experiment, name: str) -> list[Step]:
         Step("align", ("corpus", "resources", "prepare"), ("align",), alone=align),
         Step("senones", ("resources", "prepare", "align"), ("senones",), alone=tie_senones),
         Step("teacher", labelled, ("teacher",), together=train_teacher, network=teacher.network),
-        Step("label", ("prepare", "teacher"), ("targets",), together=label),
+        Step("label", ("prepare", "teacher"), ("targets", "targets-human"), together=label),
         *(
             Step(
                 f"student-{student_name}",
-                (*labelled, "label") if student.schedule.mode != "human-only" else labelled,
+                (*labelled, "label") if needs_targets(student) else labelled,
                 (f"students/{student_name}",),
                 together=partial(train_student, name=student_name),
                 network=student.network,

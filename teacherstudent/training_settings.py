@@ -1,9 +1,30 @@
-"""The settings of a training's course: which source each step takes, how fast, and when the training looks up."""
+"""The settings of a training: its network, the course that it takes, how a step is made, and what is learnt from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from teacherstudent.settings import Count, Natural, Positive, Range, Section, require
+from teacherstudent.settings import Count, Natural, Positive, Range, Section, Share, require
+
+LEAST_CHUNK_FRAMES = 16  # see divide in models.py
+
+
+@dataclass(frozen=True)
+class Network(Section):
+    """Stacked LSTM layers and one linear layer to the senones."""
+
+    layers: Count = 5
+    cells: Count = 768  # per direction
+    bidirectional: bool = False
+    output_delay_frames: Natural = 0  # of 30 ms: how far a unidirectional network may look ahead
+    # Over all data; over all that a speaker said; or over what was heard so far, as a stream has to.
+    normalisation: Literal["global", "speaker", "causal"] = "global"
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # between layers, one mask an utterance
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = "0, since a bidirectional network sees the whole utterance"
+        unneeded = self.bidirectional and self.output_delay_frames
+        require(not unneeded, "network.output_delay_frames", self.output_delay_frames, needed)
 
 
 @dataclass(frozen=True)
@@ -79,3 +100,88 @@ class Schedule(Section):
                 "schedule.align_turns_to_blocks = true"
             )
             require(count % block_steps == 0, f"{where}.{name}", count, needed)
+
+
+@dataclass(frozen=True)
+class Masking(Section):
+    """Features hidden from the network in training, other ones in every step (SpecAugment); off by default.
+
+    The widths are those of Park et al. 2019 (their "SM") in 64 mel bands and frames of 30 ms.
+    """
+
+    frequency_masks: Natural = 0  # of an utterance
+    frequency_mask_mels: Count = 12  # bands, at most
+    time_masks: Natural = 0  # of an utterance
+    time_mask_frames: Count = 23  # of 30 ms, at most
+    time_mask_share: Share = 0.2  # of its utterance, at most
+    sources: tuple[Literal["human", "machine"], ...] = ("human", "machine")  # whose utterances have masks
+
+
+@dataclass(frozen=True)
+class Optimisation(Section):
+    """How one step is taken, and how the workers share it."""
+
+    method: Literal["exact", "gtc", "bmuf", "two-tiers"] = "exact"
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
+    clip_norm: Positive = 1.0  # of each worker's gradient, before any exchange
+    batch_frames: Count = 4000  # frames of 30 ms a worker takes in one step
+    # Of 30 ms: utterances pass through the network in pieces of so many, and the gradient reaches no further back than
+    # the piece's first frame. Memory is that of one piece. 0: whole utterances.
+    chunk_frames: Natural = 0
+    # Bf16: products of bfloat16, everything else in float32; auto: where every worker's processor has it.
+    numeric_mode: Literal["auto", "fp32", "bf16"] = "fp32"
+    masking: Masking = field(default_factory=Masking)
+    # Gtc: share of gradient elements sent.
+    density: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-3
+    multi_quantum: bool = False  # gtc: send all that has grown past the threshold, not one quantum a step
+    momentum_correction: bool = False  # gtc: momentum on every worker before compression, not after it
+    ramp_steps: Natural = 0  # gtc: over so many steps the density goes down from 1e-2
+    exact_steps: Natural = 0  # gtc, bmuf: so many first steps average exactly
+    codec: Literal["auto", "words", "rice", "bitmap", "dense"] = (
+        "auto"  # gtc: of messages; auto takes fewest bytes
+    )
+    block_steps: Count = 50  # bmuf
+    block_momentum: Annotated[float, Range(0, 1, below=True)] | None = None  # bmuf: default 1 - 1/workers
+    local_state: Literal["keep", "reset", "average"] = "keep"  # bmuf: the workers' momentum at a block's end
+    wire: Literal["full", "bf16", "fp16", "int8"] = (
+        "full"  # bmuf: what updates travel as, with error feedback
+    )
+    group_size: Count = 1  # two-tiers: workers that share every step by gtc; bmuf across such groups
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        corrects = self.momentum_correction and self.method != "gtc"
+        require(not corrects, "optimisation.momentum_correction", True, "false: it belongs to method = 'gtc'")
+        chunk, least = self.chunk_frames, LEAST_CHUNK_FRAMES
+        needed = f"0, for whole utterances, or at least {least}"
+        require(not 0 < chunk < least, "optimisation.chunk_frames", chunk, needed)
+
+
+@dataclass(frozen=True)
+class HardLoss(Section):
+    """What a network learns from human labels: cross-entropy. See losses.py."""
+
+    # Of a label's probability, shared out evenly over all senones.
+    label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.0
+
+
+@dataclass(frozen=True)
+class Loss(HardLoss):
+    """What the student learns, also from the teacher's posteriors: cross-entropy against those that were kept."""
+
+    kept: Natural = 0  # the best so many of the stored ones, down to 1; 0: all that are stored
+    tail: bool = (
+        False  # the dropped mass is one more class, any other senone; false: the kept are renormalised
+    )
+    temperature: Positive = 1.0  # above 1: posteriors of teacher and student are made flatter alike
+    # A machine-labelled frame counts as much as: any other; the teacher's highest posterior; the sum of the kept.
+    confidence: Literal["none", "highest", "kept"] = "none"
+    confidence_floor: Share = 0.0  # of the teacher's highest posterior: frames below it count nothing
+    # On human-labelled data (1 - soft_share) of the loss is the labels', the rest the teacher's posteriors'.
+    soft_share: Share = 0.0  # needs label.human
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = "1, since loss.tail = true: how a temperature changes the dropped mass, nobody stored"
+        require(not self.tail or self.temperature == 1, "loss.temperature", self.temperature, needed)

@@ -32,33 +32,41 @@ TEACHER = Network(layers=2, cells=5, bidirectional=True)
 
 
 def settings(folder: Path, **given: Any) -> Config:
-    chosen: dict[str, Any] = {"batch_frames": 40, "numeric_mode": "fp32", "lease_seconds": 5.0} | given
-    return Config(folder=str(folder), label=Label(KEPT, **chosen))
+    common = {"k": KEPT, "batch_frames": 40, "numeric_mode": "fp32", "lease_seconds": 5.0}
+    chosen: dict[str, Any] = common | given
+    return Config(folder=str(folder), label=Label(**chosen))
 
 
 def open_experiment(folder: Path, shards: list[list[int]] = SHARDS, **given: Any) -> Experiment:
     """After `prepare` and `teacher`: the features of the unlabelled part, and a teacher. given: of `label`."""
     experiment = Experiment(settings(folder, **given))
     experiment.create()
-    random = np.random.default_rng(8)
-    for number, lengths in enumerate(shards):
-        path = shard_path(experiment.path("features", "unlabelled"), "features", number)
-        with PackedWriter(path, {}, {"values": ("float16", (NUM_FEATURES,))}) as writer:
-            for place, length in enumerate(lengths):  # no order of the alphabet, nor of length
-                writer.write(
-                    f"{9 - place}-{number}",
-                    values=random.normal(size=(length, NUM_FEATURES)).astype("float16"),
-                )
+    write_features(experiment, "unlabelled", shards)
     blank = Normalisation(np.zeros(NUM_FEATURES, np.float32), np.full(NUM_FEATURES, 2, np.float32))
     teacher = build_model(TEACHER, NUM_SENONES, blank, seed=2)
     checkpoint.save(experiment.path("teacher", "best.pt"), model_state(teacher, {}))
     experiment.path("senones").mkdir()
     experiment.path("senones", "inventory.json").write_text("an inventory")
     experiment.path("features", "normalisation.json").write_text("a normalisation")
+    return experiment
+
+
+def write_features(experiment: Experiment, part: str, shards: list[list[int]]) -> None:
+    """As `prepare` does."""
+    random = np.random.default_rng(8)
+    for number, lengths in enumerate(shards):
+        path = shard_path(experiment.path("features", part), "features", number)
+        with PackedWriter(path, {}, {"values": ("float16", (NUM_FEATURES,))}) as writer:
+            for place, length in enumerate(lengths):  # no order of the alphabet, nor of length
+                writer.write(
+                    f"{9 - place}-{number}",
+                    values=random.normal(size=(length, NUM_FEATURES)).astype("float16"),
+                )
     hours = sum(map(sum, shards)) * FRAME_SHIFT_SECONDS / 3600
     counts = {"utterances": sum(map(len, shards)), "hours": hours, "copies": 0, "copy_hours": 0.0}
-    write_json(experiment.path("features", "report.json"), {"unlabelled": counts})
-    return experiment
+    report = experiment.path("features", "report.json")
+    others = json.loads(report.read_text()) if report.is_file() else {}
+    write_json(report, {**others, part: counts})
 
 
 # -- killed at chosen moments --------------------------------------------------------------------------------

@@ -246,7 +246,14 @@ def test_overrides_may_follow_an_option(toml: Path, capsys: pytest.CaptureFixtur
         "student.optimisation.block_steps=0",
         "student.optimisation.block_momentum=1.0",
         "student.optimisation.learning_rate=0.0",
-        "label.k=0",
+        "label.k=-1",
+        "student.loss.label_smoothing=1.0",
+        "student.loss.kept=21",  # label.k is 20
+        "student.loss.temperature=0.0",
+        "student.loss.confidence=sum",
+        "student.loss.confidence_floor=1.1",
+        "student.loss.soft_share=0.5",  # without label.human
+        "student.variants.a.loss.kept=21",
         "label.numeric_mode=fp16",
         "label.chunk_frames=0",
         "label.max_bad_share=1.5",
@@ -261,3 +268,16 @@ def test_a_value_out_of_range_is_refused_before_anything_runs(toml: Path, settin
     message = refusal(toml, setting)
     assert name.rsplit(".", maxsplit=1)[-1] in message
     assert "must be" in message
+
+
+def test_a_loss_that_contradicts_itself_or_the_label_step_is_refused(toml: Path) -> None:
+    tempered = refusal(toml, "student.loss.tail=true", "student.loss.temperature=2")
+    assert "student.loss.temperature = 2.0: it must be 1, since loss.tail = true" in tempered
+    kept = refusal(toml, "label.k=5", "student.variants.few.loss.kept=6")
+    assert "student.variants.few.loss.kept = 6: it must be at most label.k, which is 5" in kept
+    share = refusal(toml, "student.loss.soft_share=0.3")
+    assert "student.loss.soft_share = 0.3: it must be 0, unless label.human = true" in share
+    assert "unknown setting 'teacher.loss.kept'" in refusal(toml, "teacher.loss.kept=5")  # it has labels only
+    load(toml, ["student.loss.soft_share=0.3", "label.human=true"])
+    load(toml, ["student.loss.soft_share=0.3", "student.schedule.mode=machine-only"])
+    load(toml, ["student.loss.kept=300", "label.k=0"])  # how many all are is known to the label step

@@ -7,10 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    "settings training_settings config files features lexicon alignments alignment_comparison mfcc gaussians "
-    "tied_states senones events questions tree_roots tree_view decision_tree kaldi_io event_map kaldi_topology "
-    "language_model grammar speakers noise losses models posteriors pseudo_words schedule schedule_drawing progress "
-    "processes pipeline shard_table shard_pairs shard_sequence table_files claims target_codec store_arguments spelling scoring error_tables results_table "
+    "settings training_settings data_sections config files features lexicon alignments alignment_comparison mfcc "
+    "gaussians tied_states senones events questions tree_roots tree_view decision_tree kaldi_io event_map "
+    "kaldi_topology language_model grammar speakers noise losses models posteriors pseudo_words schedule "
+    "schedule_drawing progress processes pipeline shard_table shard_pairs shard_sequence table_files claims "
+    "lstm masking target_codec store_arguments spelling scoring error_tables results_table "
     "openfst lattice word_times vocabulary wheels partial_files",
     "conditions extraction feature_reader data_folders prefetch checkpoint packed_index packed manifests "
     "inference shard_folder target_shard catalogue codings store_export experiment dataset store batches model_average "

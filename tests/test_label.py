@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from labelling import KEPT, SHARDS, open_experiment
+from labelling import KEPT, NUM_SENONES, SHARDS, open_experiment, write_features
 
 from teacherstudent.data.packed import PackedShard, hash_path, open_shards
 from teacherstudent.distributed import connect, in_process
@@ -303,6 +303,40 @@ def test_the_coding_of_the_settings_is_the_store_s(tmp_path: Path) -> None:
     experiment = open_experiment(tmp_path / "experiment", coding="plain")
     label_with(experiment, 1)
     assert TargetStore(experiment.path("targets")).header["coding"]["name"] == "plain"
+
+
+def test_the_human_labelled_part_has_a_store_of_its_own_if_it_is_asked_for(tmp_path: Path) -> None:
+    plain, both = open_experiment(tmp_path / "plain"), open_experiment(tmp_path / "both", human=True)
+    human = [[4, 9], [6]]
+    write_features(both, "human", human)
+    whole = label_with(plain, 1)
+    outputs = in_process(2, lambda comm: label(both, comm), timeout_seconds=30)[0]
+    assert contents(both) == whole
+    folder = both.path("targets-human")
+    assert {path for path in outputs if path.parent == folder} == set(folder.iterdir())
+    store, features = TargetStore(folder), open_shards(both.path("features", "human"), "features")
+    assert store.header["provenance"] == TargetStore(plain.path("targets")).header["provenance"]
+    for number, shard in enumerate(features):
+        assert store.shard_ids(number) == tuple(shard.ids)
+        for name, arrays in shard:
+            assert len(store[name][0]) == len(arrays["values"])
+    assert not both.path("steps", ".claims").exists()
+
+
+def test_k_of_zero_keeps_every_senone_and_nothing_is_dropped(tmp_path: Path) -> None:
+    experiment = open_experiment(tmp_path, k=0)
+    label(experiment, connect())
+    store = TargetStore(experiment.path("targets"))
+    assert store.header["k"] == NUM_SENONES
+    for number in range(store.num_shards):
+        for _, decoded in store.iter_decoded(number):
+            assert (np.sort(decoded.ids, axis=1) == np.arange(NUM_SENONES)).all()
+            assert (decoded.dropped == 0).all()
+
+
+def test_more_senones_than_there_are_cannot_be_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"label\.k = 10: it must be at most 9"):
+        label(open_experiment(tmp_path, k=10), connect())
 
 
 # -- many workers --------------------------------------------------------------------------------------------

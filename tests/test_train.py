@@ -12,7 +12,8 @@ import torch
 from tiny_training import NETWORK, NUM_SENONES, STEPS, VALIDATE_EVERY, make_source, make_training
 from torch.nn import functional
 
-from teacherstudent.distributed import Communicator, in_process
+from teacherstudent.config import Loss
+from teacherstudent.distributed import Communicator, connect, in_process
 from teacherstudent.training import checkpoint
 from teacherstudent.training.batches import Batch, Position, Source
 from teacherstudent.training.gradient import batch_loss
@@ -305,6 +306,41 @@ def test_human_labels_give_the_senone_loss_and_machine_labels_the_posterior_loss
     )
     loss, errors = batch_loss(logits[:, : machine.num_frames], machine)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
-    likeliest = machine.ids[0, :, 0]
-    wrong = sum(int(log_softmax[t].argmax()) != int(likeliest[t]) for t in range(machine.num_frames))
-    assert errors == wrong > 0
+    assert errors == sum(
+        int(log_softmax[t].argmax()) != int(machine.ids[0, t, 0]) for t in range(machine.num_frames)
+    )
+
+
+def test_both_targets_of_a_frame_share_its_loss_and_its_errors_are_the_labels() -> None:
+    human = make_source(HUMAN, 2, 1).batch(Position(0, 0))
+    ids = torch.stack([human.senones, (human.senones + 1) % NUM_SENONES], dim=2).flip(2)
+    probabilities = torch.tensor([0.75, 0.25]).expand(ids.shape)
+    both = replace(human, ids=ids, probabilities=probabilities)
+    machine = replace(both, senones=None)
+    shape = (1, human.num_frames, NUM_SENONES)
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    (hard, wrong), (soft, _) = batch_loss(logits, human), batch_loss(logits, machine, Loss(temperature=2.0))
+    loss, errors = batch_loss(logits, both, Loss(soft_share=0.25, temperature=2.0))
+    assert float(loss) == pytest.approx(0.75 * float(hard) + 0.25 * float(soft), rel=1e-5)
+    assert errors == wrong
+    assert float(batch_loss(logits, both)[0]) == float(hard)
+
+
+def test_logits_of_half_precision_have_the_loss_of_their_values_in_float32() -> None:
+    for name in (HUMAN, MACHINE):
+        batch = make_source(name, 2, 1).batch(Position(0, 0))
+        logits = torch.randn(1, batch.num_frames, NUM_SENONES).bfloat16()
+        loss = batch_loss(logits, batch)[0]
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, batch_loss(logits.float(), batch)[0])
+
+
+def test_the_loss_of_the_settings_is_what_is_trained_with(tmp_path: Path) -> None:
+    found = []
+    for name, loss in (("plain", Loss()), ("smooth", Loss(label_smoothing=0.3)), ("first", Loss(kept=1))):
+        training = replace(make_training(tmp_path / name), loss=loss)
+        sources = {source: make_source(source) for source in (HUMAN, MACHINE)}
+        train(connect(), training, sources, make_source("dev", 4))
+        found.append(checkpoint.load(tmp_path / name / "final.pt")["weights"]["output.weight"])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

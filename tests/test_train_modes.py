@@ -88,9 +88,9 @@ def deal(source: Source, num_workers: int) -> "itertools.chain[Sequence[Batch]]"
         [
             [
                 source.batch(Position(epoch, i))
-                for i in range(begin, min(begin + num_workers, len(source.plan(epoch))))
+                for i in range(begin, min(begin + num_workers, source.num_batches(epoch)))
             ]
-            for begin in range(0, len(source.plan(epoch)), num_workers)
+            for begin in range(0, source.num_batches(epoch), num_workers)
         ]
         for epoch in itertools.count()
     )

@@ -12,7 +12,7 @@ from teacherstudent.training.schedule import MACHINE, Plan
 from teacherstudent.training.shard_table import ShardTable
 from teacherstudent.training.train import Training
 
-NUM_SENONES, NUM_FEATURES = 5, 4
+NUM_SENONES, NUM_FEATURES = 5, 3
 STEPS, VALIDATE_EVERY, BLOCK_STEPS = 23, 3, 4  # checkpoints between two lines of the log, and inside blocks
 SCHEDULE = Schedule(steps=STEPS, validate_every_steps=VALIDATE_EVERY, machine_turn_steps=2)
 NETWORK = Network(layers=2, cells=6, output_delay_frames=1, dropout=0.2)

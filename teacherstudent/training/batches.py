@@ -42,7 +42,10 @@ class Batch:
     lengths: Tensor  # (B,) int64
     senones: Tensor | None = None  # (B, T) int64, PADDING beyond a length
     ids: Tensor | None = None  # (B, T, K) int64
-    probabilities: Tensor | None = None  # (B, T, K) float32, zero beyond a length
+    probabilities: Tensor | None = (
+        None  # (B, T, K) float32, renormalised, the highest first, zero beyond a length
+    )
+    dropped: Tensor | None = None  # (B, T) float32, the mass that was dropped before
 
     @property
     def num_frames(self) -> int:
@@ -256,7 +259,9 @@ EMPTY = Batch(torch.zeros(0, 0, 0), torch.zeros(0, dtype=torch.int64))
 
 
 def collate(features: Sequence[np.ndarray], labels: Sequence[Mapping[str, np.ndarray]]) -> Batch:
-    """Utterances longest first; labels hold either "senone" (T,) or "ids" and "probabilities" (T, K)."""
+    """Utterances longest first; labels hold "senone" (T,), or "ids" and "probabilities" (T, K) with "dropped" (T,), or
+    both, or nothing.
+    """
     lengths = [len(values) for values in features]
     assert lengths == sorted(lengths, reverse=True), "longest first"
     padded = {
@@ -265,9 +270,11 @@ def collate(features: Sequence[np.ndarray], labels: Sequence[Mapping[str, np.nda
     }
     if labels and "senone" in labels[0]:
         padded["senones"] = _pad([label["senone"] for label in labels], np.int64, PADDING)
-    elif labels and "ids" in labels[0]:
+    if labels and "ids" in labels[0]:
         padded["ids"] = _pad([label["ids"] for label in labels], np.int64, 0)
         padded["probabilities"] = _pad([label["probabilities"] for label in labels], np.float32, 0)
+    if labels and "dropped" in labels[0]:
+        padded["dropped"] = _pad([label["dropped"] for label in labels], np.float32, 0)
     return Batch(**padded)
 
 

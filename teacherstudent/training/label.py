@@ -5,6 +5,7 @@
     targets/numeric_mode.json           what the whole store is computed in
     targets/skipped.jsonl, report.json  what was left out in all; written at the end
     targets/shard_table.npy             how long the utterances of each shard are (shard_table.py); likewise
+    targets-human/                      the same of the human-labelled part, with label.human = true
 
 The shards without targets are a queue. Any number of workers take them: those of a launcher, and processes started by
 hand on any machine that sees the folder, which may come late, leave, and die (claims.py). A shard's bytes depend on its
@@ -14,6 +15,7 @@ cuts, the teacher and the settings in its header alone: whoever labels it again 
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -33,7 +35,7 @@ from teacherstudent.claims import Claims
 from teacherstudent.config import Label
 from teacherstudent.data.feature_reader import ReadableShard, open_features
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS
-from teacherstudent.data.manifests import UNLABELLED
+from teacherstudent.data.manifests import HUMAN, UNLABELLED
 from teacherstudent.data.packed import hash_path, shard_path
 from teacherstudent.data.prefetch import Readers, num_readers
 from teacherstudent.distributed import Communicator
@@ -41,6 +43,7 @@ from teacherstudent.experiment import Experiment
 from teacherstudent.files import write_json, write_text
 from teacherstudent.posteriors import TopK
 from teacherstudent.progress import HoursBar, hours_bar
+from teacherstudent.settings import require
 from teacherstudent.store import STEM, TargetWriter
 from teacherstudent.training import checkpoint
 from teacherstudent.training.inference import (
@@ -53,9 +56,8 @@ from teacherstudent.training.inference import (
 )
 from teacherstudent.training.models import AcousticModel, model_from_state
 from teacherstudent.training.pipeline import WriteBehind, read_ahead
-from teacherstudent.training.schedule import MACHINE
 from teacherstudent.training.table_files import TABLE, write_table
-from teacherstudent.training.trainings import open_targets, target_provenance
+from teacherstudent.training.trainings import open_targets, target_provenance, targets_folder
 
 _BATCHES_AHEAD = 2
 _EXAMPLES = 5
@@ -64,18 +66,24 @@ _EXAMPLES = 5
 def label(experiment: Experiment, comm: Communicator) -> list[Path]:
     """Label shards until all of them are there, with whoever else does. Returns the files of the whole store.
 
-    Raises ValueError when too many utterances cannot be labelled, and where the processor lacks what the store is
-    computed in.
+    Raises ValueError when too many utterances cannot be labelled, where the processor lacks what the store is
+    computed in, and for more senones to be kept than there are.
     """
+    names = (UNLABELLED, HUMAN) if experiment.config.label.human else (UNLABELLED,)
+    return [path for name in names for path in _label_part(experiment, comm, name)]
+
+
+def _label_part(experiment: Experiment, comm: Communicator, name: str) -> list[Path]:
     settings = experiment.config.label
-    folder = experiment.path("targets")
+    folder = targets_folder(experiment, name)
     folder.mkdir(parents=True, exist_ok=True)
     with experiment.claims() as claims:
         mode = _agree_numeric_mode(folder, settings, claims, comm.device)
         state = checkpoint.load(experiment.path("teacher", "best.pt"))
         model = to_numeric_mode(model_from_state(state), mode, comm.device)
-        shards = open_features(experiment, UNLABELLED, model.network.normalisation)
-        part = _read_part(experiment)
+        settings = dataclasses.replace(settings, k=_num_kept(settings, model.num_senones))
+        shards = open_features(experiment, name, model.network.normalisation)
+        part = _read_part(experiment, name)
         queue = _Queue(folder, len(shards), claims)
         total = part.seconds * len(queue.list_missing()) / max(len(shards), 1)
         with (
@@ -91,7 +99,7 @@ def label(experiment: Experiment, comm: Communicator) -> list[Path]:
             with claims.hold("report"):
                 _report(folder, len(shards), part, settings.max_bad_share)
                 jobs = experiment.config.features.jobs
-                write_table(folder / TABLE, MACHINE, shards, open_targets(experiment), jobs)
+                write_table(folder / TABLE, name, shards, open_targets(experiment, name), jobs)
                 _clean(folder)
                 claims.sweep()
     comm.barrier(math.inf)
@@ -119,6 +127,12 @@ def _agree_numeric_mode(folder: Path, settings: Label, claims: Claims, device: t
     return str(json.loads(path.read_text(encoding="utf-8"))["numeric_mode"])
 
 
+def _num_kept(settings: Label, num_senones: int) -> int:
+    needed = f"at most {num_senones}, the number of senones; 0 takes all of them"
+    require(settings.k <= num_senones, "label.k", settings.k, needed)
+    return settings.k or num_senones
+
+
 @contextmanager
 def _compute_threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -132,14 +146,18 @@ def _compute_threads(number: int) -> Iterator[None]:
 class _Part(NamedTuple):
     """What `prepare` counted."""
 
+    name: str
+    folder: str  # of its targets
     num_utterances: int
     seconds: float
 
 
-def _read_part(experiment: Experiment) -> _Part:
+def _read_part(experiment: Experiment, name: str) -> _Part:
     text = experiment.path("features", "report.json").read_text(encoding="utf-8")
-    found = json.loads(text)[UNLABELLED]
-    return _Part(found["utterances"] + found["copies"], 3600 * (found["hours"] + found["copy_hours"]))
+    found = json.loads(text)[name]
+    seconds = 3600 * (found["hours"] + found["copy_hours"])
+    folder = targets_folder(experiment, name).name
+    return _Part(name, folder, found["utterances"] + found["copies"], seconds)
 
 
 # -- the queue -----------------------------------------------------------------------------------------------
@@ -177,7 +195,7 @@ class _Queue:
         threading.Event().wait(self._claims.poll_seconds)
 
     def _name(self, number: int) -> str:
-        return self.output(number).stem
+        return f"{self.folder.name}.{number:06d}"
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -359,8 +377,8 @@ def _check_share(num_skipped: int, part: _Part, max_bad_share: float, examples: 
 
 def _tell(num_skipped: int, part: _Part, examples: list[list[str]]) -> str:
     rows = [f"  {name}: {why}" for name, why in examples[:_EXAMPLES]]
-    told = f"{num_skipped} of {part.num_utterances} unlabelled utterances could not be labelled"
-    return f"{told} (targets/left_out.*.json and skipped.jsonl list them):\n" + "\n".join(rows)
+    told = f"{num_skipped} of {part.num_utterances} {part.name} utterances could not be labelled"
+    return f"{told} ({part.folder}/left_out.*.json and skipped.jsonl list them):\n" + "\n".join(rows)
 
 
 def _clean(folder: Path) -> None:

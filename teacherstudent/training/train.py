@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from teacherstudent.config import Network, Optimisation
+from teacherstudent.config import Loss, Network, Optimisation
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS, Normalisation
 from teacherstudent.data.prefetch import BatchReader, Request, list_requests
 from teacherstudent.distributed import Communicator
@@ -18,7 +18,8 @@ from teacherstudent.distributed.optimizers import DistributedOptimizer
 from teacherstudent.progress import hours_bar
 from teacherstudent.training import checkpoint, model_average
 from teacherstudent.training.batches import Batch, Position, Source
-from teacherstudent.training.gradient import Part, batch_loss, compute_gradient
+from teacherstudent.training.gradient import Part, agree_numeric_mode, batch_loss, compute_gradient
+from teacherstudent.training.losses import PLAIN
 from teacherstudent.training.model_average import Validated
 from teacherstudent.training.models import AcousticModel, build_model, model_state
 from teacherstudent.training.schedule import HUMAN, MACHINE, Plan
@@ -44,6 +45,7 @@ class Training:
     seed: int
     provenance: Mapping[str, Any]
     readers: int = 0  # processes that make the batches ahead, for each worker; 0: made as they are needed
+    loss: Loss = PLAIN
     board: Path | None = None  # a folder for TensorBoard
 
     @property
@@ -143,6 +145,7 @@ def _start(comm: Communicator, training: Training, sources: Mapping[str, Source]
     model = build_model(training.network, training.num_senones, training.normalisation, training.seed).to(
         comm.device
     )
+    training = replace(training, optimisation=agree_numeric_mode(training.optimisation, comm))
     optimizer = make_optimizer(model.parameters(), comm, training.optimisation)
     progress = Progress(positions={name: Position() for name in sources}, frames=dict.fromkeys(sources, 0))
     worker = _Worker(comm, training, model, optimizer, progress)
@@ -157,7 +160,7 @@ def _take_step(worker: _Worker, taken: Sequence[tuple[Request, Batch]], log: Tra
     for group in optimizer.param_groups:
         group["lr"] = now.base_learning_rate
     parts = [
-        Part(batch.to(worker.comm.device), portion.loss_weight)
+        Part(batch.to(worker.comm.device), portion.loss_weight, training.loss)
         for (_, batch), portion in zip(taken, now.portions, strict=True)
     ]
     noise = _noise(training.seed, progress.step, worker.comm)

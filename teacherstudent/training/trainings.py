@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from teacherstudent.config import Network, Optimisation, Schedule
+from teacherstudent.config import Loss, Network, Optimisation, Schedule, Student
 from teacherstudent.data.feature_reader import open_features, read_normalisation
 from teacherstudent.data.manifests import DEV, HUMAN, UNLABELLED
 from teacherstudent.data.packed import open_shards
@@ -16,8 +16,10 @@ from teacherstudent.data.shard_sequence import ShardSequence
 from teacherstudent.distributed import Communicator
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import hash_file
+from teacherstudent.settings import require
 from teacherstudent.store import TargetStore
 from teacherstudent.training.batches import Source
+from teacherstudent.training.losses import PLAIN
 from teacherstudent.training.schedule import HUMAN as HUMAN_SOURCE
 from teacherstudent.training.schedule import MACHINE as MACHINE_SOURCE
 from teacherstudent.training.schedule import Plan
@@ -31,7 +33,14 @@ def train_teacher(experiment: Experiment, comm: Communicator) -> list[Path]:
     teacher = experiment.config.teacher
     folder = experiment.path("teacher")
     return _train(
-        experiment, comm, "teacher", folder, teacher.network, teacher.schedule, teacher.optimisation
+        experiment,
+        comm,
+        "teacher",
+        folder,
+        teacher.network,
+        teacher.schedule,
+        teacher.optimisation,
+        Loss(teacher.loss.label_smoothing),
     )
 
 
@@ -39,8 +48,20 @@ def train_student(experiment: Experiment, comm: Communicator, name: str) -> list
     student = experiment.config.student_variants()[name]
     folder = experiment.path("students", name)
     return _train(
-        experiment, comm, f"student {name}", folder, student.network, student.schedule, student.optimisation
+        experiment,
+        comm,
+        f"student {name}",
+        folder,
+        student.network,
+        student.schedule,
+        student.optimisation,
+        student.loss,
     )
+
+
+def needs_targets(student: Student) -> bool:
+    """Whether it learns from what the teacher said."""
+    return student.schedule.mode != "human-only" or student.loss.soft_share > 0
 
 
 def _train(
@@ -51,6 +72,7 @@ def _train(
     network: Network,
     schedule: Schedule,
     optimisation: Optimisation,
+    loss: Loss,
 ) -> list[Path]:
     plan = Plan(schedule, optimisation.learning_rate)
     inventory = Inventory.load(experiment.path("senones", "inventory.json"))
@@ -64,12 +86,13 @@ def _train(
         optimisation=optimisation,
         seed=experiment.config.seed,
         provenance=provenance(experiment),
+        loss=loss,
         readers=num_readers(experiment.config.features),
         board=experiment.path("log", "tensorboard", name) if experiment.config.tensorboard else None,
     )
     if comm.rank > 0:
         comm.barrier(math.inf)  # until rank 0 has made the tables that there are not yet
-    sources = _open_sources(experiment, plan, network, optimisation.batch_frames)
+    sources = _open_sources(experiment, plan, network, optimisation.batch_frames, loss)
     held_out = None
     if schedule.held_out_utterances and MACHINE_SOURCE in sources:
         rest, held_out = sources[MACHINE_SOURCE].hold_out(schedule.held_out_utterances)
@@ -83,13 +106,14 @@ def _train(
 
 
 def _open_sources(
-    experiment: Experiment, plan: Plan, network: Network, batch_frames: int
+    experiment: Experiment, plan: Plan, network: Network, batch_frames: int, loss: Loss = PLAIN
 ) -> dict[str, Source]:
     """Raises ValueError naming the mode where it needs a part that has no data."""
     sources: dict[str, Source] = {}
     for name in plan.sources:
         try:
-            sources[name] = open_source(experiment, name, network, plan.batch_frames(name, batch_frames))
+            frames = plan.batch_frames(name, batch_frames)
+            sources[name] = open_source(experiment, name, network, frames, loss)
         except ValueError as error:
             part = HUMAN if name == HUMAN_SOURCE else UNLABELLED
             raise ValueError(
@@ -111,22 +135,39 @@ def target_provenance(experiment: Experiment) -> dict[str, str]:
     return provenance(experiment) | {"teacher": hash_file(experiment.path("teacher", "best.pt"))}
 
 
-def labelled_source(experiment: Experiment, part: str, network: Network, batch_frames: int) -> Source:
-    labels = open_shards(experiment.path("senones", part), "labels")
+def targets_folder(experiment: Experiment, part: str) -> Path:
+    """Where the store of a part's targets lies."""
+    return experiment.path("targets" if part == UNLABELLED else f"targets-{part}")
+
+
+def labelled_source(
+    experiment: Experiment, part: str, network: Network, batch_frames: int, loss: Loss = PLAIN
+) -> Source:
+    """With the teacher's posteriors beside the labels, if the loss has a share for them."""
+    labels: Sequence[Labels] = open_shards(experiment.path("senones", part), "labels")
     table = experiment.path("senones", part, TABLE)
+    if loss.soft_share:
+        targets = open_targets(experiment, part, loss)
+        labels = ShardSequence(partial(_pair, labels, targets), min(len(labels), len(targets)))
+        table = targets_folder(experiment, part) / f"labelled_{TABLE}"
     return _source(experiment, HUMAN_SOURCE, part, network, labels, table, batch_frames)
 
 
-def open_source(experiment: Experiment, source: str, network: Network, batch_frames: int) -> Source:
+def open_source(
+    experiment: Experiment, source: str, network: Network, batch_frames: int, loss: Loss = PLAIN
+) -> Source:
     if source == HUMAN_SOURCE:
-        return labelled_source(experiment, HUMAN, network, batch_frames)
-    targets, table = open_targets(experiment), experiment.path("targets", TABLE)
+        return labelled_source(experiment, HUMAN, network, batch_frames, loss)
+    targets, table = open_targets(experiment, UNLABELLED, loss), experiment.path("targets", TABLE)
     return _source(experiment, MACHINE_SOURCE, UNLABELLED, network, targets, table, batch_frames)
 
 
-def open_targets(experiment: Experiment) -> "ShardSequence[Targets]":
-    """The teacher's targets for the unlabelled part, shard by shard."""
-    store = TargetStore(experiment.path("targets"), expect=target_provenance(experiment))
+def open_targets(experiment: Experiment, part: str, loss: Loss = PLAIN) -> "ShardSequence[Targets]":
+    """The teacher's targets for a part, shard by shard."""
+    store = TargetStore(targets_folder(experiment, part), expect=target_provenance(experiment))
+    if store.num_shards:
+        stored = store.header["k"]
+        require(loss.kept <= stored, "loss.kept", loss.kept, f"at most the {stored} that are stored")
     return ShardSequence(partial(Targets, store), store.num_shards)
 
 
@@ -154,10 +195,29 @@ class Targets:
     def ids(self) -> Sequence[str]:
         return self._store.shard_ids(self._number)
 
-    @property
-    def num_frames(self) -> None:
-        """How many frames are in a record, its reader knows."""
+    num_frames = None  # whoever reads a record knows
 
     def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
-        ids, log_posteriors = self._store.read(self._number, utterance_id)
-        return {"ids": ids, "probabilities": np.exp(log_posteriors)}
+        ids, log_posteriors, dropped = self._store.decode(self._number, utterance_id)
+        return {"ids": ids, "probabilities": np.exp(log_posteriors), "dropped": dropped}
+
+
+def _pair(labels: Sequence[Labels], targets: Sequence[Labels], number: int) -> "_Both":
+    return _Both(labels[number], targets[number])
+
+
+class _Both:
+    """The utterances of a shard that have human labels and targets: audio may have been spoilt in between."""
+
+    num_frames = None  # whoever reads a record knows
+
+    def __init__(self, labels: Labels, targets: Labels) -> None:
+        self._labels, self._targets = labels, targets
+
+    @property
+    def ids(self) -> Sequence[str]:
+        there = set(self._targets.ids)
+        return [name for name in self._labels.ids if name in there]
+
+    def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
+        return {**self._labels[utterance_id], **self._targets[utterance_id]}
