@@ -46,8 +46,9 @@ check: $(INSTALLED) ## lint, format, types, links
 bench: $(INSTALLED) ## every performance figure that RESULTS.md claims, as ratios in one run
 	$(BIN)/python benchmarks/bench.py
 
-results: $(INSTALLED) ## the table of RESULTS.md: seeds 3 to 7, speaker splits 3 and 4 (an hour)
+results: $(INSTALLED) ## the tables of RESULTS.md: seeds 3 to 7, speaker splits 3 and 4; methods by workers (hours)
 	$(BIN)/python examples/smoke/results.py
+	$(BIN)/python examples/smoke/methods.py
 
 clean: ## remove experiments and caches; the virtual environment stays
 	rm -rf experiments build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -55,8 +55,8 @@ class BMUF(DistributedOptimizer):
     block_lr        ζ > 0
     nesterov        start the next block from the look-ahead
     warmup_steps    exact averaging for so many steps first; the first block starts from what they have made
-    local_state     what becomes of the inner optimiser's state (momentum buffers, moments) at a block's end: "keep",
-                    each rank its own; "reset"; "average", exchanged as the models are; "adam", averaged and
+    local_state     what becomes of the inner optimiser's state (momentum buffers, moments) at a block's end: "reset";
+                    "keep", each rank its own; "average", exchanged as the models are; "adam", averaged and
                     re-estimated for where the next block starts (block_state.AdamEstimates; Adam and AdamW)
     outlier_factor  leave out a rank whose mean loss in a block is above so many times the ranks' median; wants
                     `report_loss` before each step
@@ -96,7 +96,7 @@ class BMUF(DistributedOptimizer):
         block_lr: float = 1.0,
         nesterov: bool = True,
         warmup_steps: int = 0,
-        local_state: str = "keep",
+        local_state: str = "reset",
         outlier_factor: float | None = None,
         wire: str = "full",
         fragments: int = 1,

@@ -143,7 +143,7 @@ class Optimisation(Section):
     )
     block_steps: Count = 50  # bmuf
     block_momentum: Annotated[float, Range(0, 1, below=True)] | None = None  # bmuf: default 1 - 1/workers
-    local_state: Literal["keep", "reset", "average"] = "keep"  # bmuf: the workers' momentum at a block's end
+    local_state: Literal["keep", "reset", "average"] = "reset"  # bmuf: the workers' momentum at a block's end
     wire: Literal["full", "bf16", "fp16", "int8"] = (
         "full"  # bmuf: what updates travel as, with error feedback
     )
