@@ -83,7 +83,10 @@ def check_extras(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("paper", "command"), commands())
-def test_every_command_of_the_papers_parses(paper: str, command: str) -> None:
+def test_every_command_of_the_papers_parses(
+    paper: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a drawing lands there
     words = shlex.split(command, comments=True)
     if words:
         dry_run(words, (ROOT / paper).parent)
