@@ -1,10 +1,11 @@
 """The inner optimiser's own state (momentum buffers, moments) at a block's end.
 
 "reset" is the default: it costs nothing, and was the best with many workers. A small network, each way at its own
-learning rate of a common grid, chosen on 2 seeds; held-out loss on 4 others, which varies by 0.05 between seeds. SGD with
-momentum, blocks of 10 steps: 4 workers, 30 blocks: keep 0.849, reset 0.843, average 0.849; 16 workers, 48 blocks: keep
-0.940, reset 0.882, average 0.940. Adam, 4 workers: keep 0.853, reset 0.850, average 0.853. Local momentum that is kept or
-averaged points where the block before it went, which the block momentum has in it already.
+learning rate of a common grid, chosen on 2 seeds; held-out loss on 4 others, which varies by 0.05 between seeds. SGD
+with momentum, blocks of 10 steps: 4 workers, 30 blocks: keep 0.849, reset 0.843, average 0.849; 16 workers, 48 blocks:
+keep 0.940, reset 0.882, average 0.940. Adam, 4 workers: keep 0.853, reset 0.850, average 0.853. Local momentum that is
+kept or averaged points where the block before it went, which the block momentum has in it already. In blocks that are
+shorter than the momentum's memory, fresh momentum makes steps smaller: they want a higher learning rate.
 """
 # s share of a rank (N·w/W), β decay of a moment, t steps of Adam in a block, η block momentum, ζ block learning rate
 
@@ -241,9 +242,11 @@ def make_local_state(
     momentum: float,
     lr: float,
 ) -> LocalState:
-    """One of LOCAL_STATES; momentum and lr are η and ζ."""
+    """One of LOCAL_STATES; momentum and lr are η and ζ. One rank alone keeps its state: it is the inner optimiser."""
     if name == "adam":
         return AdamEstimates(inner, comm, parameters, momentum, lr)
+    if comm.size == 1:
+        name = "keep"
     kinds = {"keep": LocalState, "reset": FreshState, "average": AveragedState}
     return kinds[name](inner, comm, parameters)
 

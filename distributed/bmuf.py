@@ -55,9 +55,10 @@ class BMUF(DistributedOptimizer):
     block_lr        ζ > 0
     nesterov        start the next block from the look-ahead
     warmup_steps    exact averaging for so many steps first; the first block starts from what they have made
-    local_state     what becomes of the inner optimiser's state (momentum buffers, moments) at a block's end: "reset";
-                    "keep", each rank its own; "average", exchanged as the models are; "adam", averaged and
-                    re-estimated for where the next block starts (block_state.AdamEstimates; Adam and AdamW)
+    local_state     what becomes of the inner optimiser's state (momentum buffers, moments) at a block's end: "reset"
+                    (one rank alone keeps it); "keep", each rank its own; "average", exchanged as the models are;
+                    "adam", averaged and re-estimated for where the next block starts (block_state.AdamEstimates; Adam
+                    and AdamW)
     outlier_factor  leave out a rank whose mean loss in a block is above so many times the ranks' median; wants
                     `report_loss` before each step
     wire            what an element of an update is sent as: "full", in its own dtype; "bf16", "fp16" or "int8" with

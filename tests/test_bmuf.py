@@ -56,7 +56,13 @@ def test_the_filter_is_torchs_sgd_on_the_pseudo_gradient(nesterov: bool, momentu
         parameter = make_parameter()
         inner = torch.optim.SGD([parameter], lr=0.1, momentum=0.5)
         optimizer = BMUF(
-            inner, comm, block_steps=block_steps, block_momentum=momentum, block_lr=lr, nesterov=nesterov
+            inner,
+            comm,
+            block_steps=block_steps,
+            block_momentum=momentum,
+            block_lr=lr,
+            nesterov=nesterov,
+            local_state="keep",
         )
         starts = []
         for step in range(num_blocks * block_steps):

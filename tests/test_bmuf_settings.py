@@ -59,7 +59,7 @@ REFUSED: dict[str, tuple[dict, dict, int]] = {
     "wire='full', and is loaded with 'bf16': an exchange is under way": (
         {"delay_steps": 2}, {"wire": "bf16", "delay_steps": 2}, 5,
     ),
-    "local_state='keep', and is loaded with 'adam'": ({}, {"local_state": "adam"}, 4),
+    "local_state='keep', and is loaded with 'adam'": ({"local_state": "keep"}, {"local_state": "adam"}, 4),
     "local_state='average', and is loaded with 'adam'": ({"local_state": "average"}, {"local_state": "adam"}, 5),
     "block_momentum=0.5, and is loaded with 0.25: a block that started": ({}, {"block_momentum": 0.25}, 6),
 }  # fmt: skip

@@ -57,7 +57,10 @@ def test_a_human_labelled_step_moves_the_weights_by_the_multiplier_also_with_mom
     )
     training = dataclasses.replace(make_training(tmp_path, method), plan=Plan(schedule, RATE))
     training = dataclasses.replace(
-        training, optimisation=dataclasses.replace(training.optimisation, density=0.5, multi_quantum=True)
+        training,
+        optimisation=dataclasses.replace(
+            training.optimisation, density=0.5, multi_quantum=True, local_state="keep"
+        ),  # momentum that no block's end takes away
     )
 
     def work(comm: Communicator) -> None:
