@@ -44,6 +44,8 @@ class Teacher(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        needed = "'human-only': there are machine labels only when it has made them"
+        require(self.schedule.mode == "human-only", "teacher.schedule.mode", self.schedule.mode, needed)
         _check_blocks(self.schedule, self.optimisation, "teacher")
         _check_chunks("teacher", self.network, self.optimisation)
 
@@ -163,8 +165,10 @@ class Config(Section):
         needed = "false: corpus.phones = 'position-stress' marks them already"
         require(not (self.data.word_positions and marked), "data.word_positions", True, needed)
         for name, student in self.student_variants().items():
-            where = f"student.variants.{name}.loss" if self.student.variants else "student.loss"
-            self._check_loss(where, student)
+            where = f"student.variants.{name}" if self.student.variants else "student"
+            self._check_loss(f"{where}.loss", student)
+            self._check_masks(where, student.optimisation)
+        self._check_masks("teacher", self.teacher.optimisation)
 
     def _check_loss(self, where: str, student: Student) -> None:
         """A loss cannot use what the label step does not store."""
@@ -174,6 +178,12 @@ class Config(Section):
         needed = "0, unless label.human = true gives the human-labelled part posteriors of the teacher"
         lacks = student.schedule.mode != "machine-only" and not label.human
         require(not (loss.soft_share and lacks), f"{where}.soft_share", loss.soft_share, needed)
+
+    def _check_masks(self, where: str, optimisation: Optimisation) -> None:
+        masking, num_mels = optimisation.masking, self.features.num_mels
+        fits = not masking.frequency_masks or masking.frequency_mask_mels <= num_mels
+        name = f"{where}.optimisation.masking.frequency_mask_mels"
+        require(fits, name, masking.frequency_mask_mels, f"at most features.num_mels, which is {num_mels}")
 
     def student_variants(self) -> dict[str, Student]:
         """Every student of the experiment by name; without variants, the one named "student"."""

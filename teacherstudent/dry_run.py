@@ -16,6 +16,7 @@ class _Planned:
     network: Network
     schedule: Schedule
     optimisation: Optimisation
+    workers: int
 
     @property
     def plan(self) -> Plan:
@@ -42,21 +43,23 @@ def draw(config: Config, step: str, path: Path) -> None:
 
 def _trainings(config: Config, step: str) -> dict[str, _Planned]:
     trainings: dict[str, _Planned] = {}
+    workers = config.distributed.workers
     if step in ("teacher", "run"):
         teacher = config.teacher
-        trainings["teacher"] = _Planned(teacher.network, teacher.schedule, teacher.optimisation)
+        trainings["teacher"] = _Planned(teacher.network, teacher.schedule, teacher.optimisation, workers)
     if step in ("student", "run"):
         for name, student in config.student_variants().items():
             if config.student.only in ("", name):
-                planned = _Planned(student.network, student.schedule, student.optimisation)
-                trainings[f"student {name}"] = planned
+                trainings[f"student {name}"] = _Planned(
+                    student.network, student.schedule, student.optimisation, student.workers or workers
+                )
     return trainings
 
 
 def _describe(config: Config, planned: _Planned) -> str:
     network, optimisation, plan = planned.network, planned.optimisation, planned.plan
     parameters = num_parameters(network, config.senones.target, _num_features(config.features))
-    workers = config.distributed.workers
+    workers = planned.workers
     kind = "bidirectional" if network.bidirectional else "unidirectional"
     delay = f", output delay {network.output_delay_frames} frames" if network.output_delay_frames else ""
     return "\n".join(

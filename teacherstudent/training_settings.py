@@ -68,6 +68,14 @@ class Schedule(Section):
         super().__post_init__()
         needed = f"below steps, which is {self.steps}"
         require(self.warmup_steps < self.steps, "schedule.warmup_steps", self.warmup_steps, needed)
+        needed = f"at most {self.num_sub_epochs}, the number of validations in {self.steps} steps"
+        enough = self.average_models <= self.num_sub_epochs
+        require(enough, "schedule.average_models", self.average_models, needed)
+
+    @property
+    def num_sub_epochs(self) -> int:
+        """Each ends with a validation, and so does the last step."""
+        return -(-self.steps // self.validate_every_steps)
 
     def count_human_steps(self) -> int:
         """Steps with human labels; the others, and all where sources are mixed, have machine labels."""

@@ -172,6 +172,19 @@ def test_a_dry_run_prints_parameters_and_schedule_and_starts_nothing(
     assert not (tmp_path / "exp").exists()
 
 
+def test_a_dry_run_counts_the_workers_that_a_student_has_of_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["run", str(TINY), f"folder={tmp_path / 'exp'}", "student.variants.gtc.workers=20", "--dry-run"]
+    assert cli.main(words) == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    of = {block.splitlines()[0]: block for block in blocks}
+    assert "workers     20 in this process" in of["student gtc"]
+    assert "at most 0.8 hours of audio" in of["student gtc"]  # 16 steps x 300 frames of 30 ms x 20
+    for name in ("teacher", "student bmuf"):
+        assert "workers     2 in this process" in of[name]
+
+
 @pytest.mark.parametrize(("name", "begins"), [("plan.png", b"\x89PNG"), ("deep/plan.svg", b"<?xml")])
 def test_a_dry_run_draws_the_schedule_the_same_every_time(tmp_path: Path, name: str, begins: bytes) -> None:
     pytest.importorskip("matplotlib")

@@ -281,3 +281,24 @@ def test_a_loss_that_contradicts_itself_or_the_label_step_is_refused(toml: Path)
     load(toml, ["student.loss.soft_share=0.3", "label.human=true"])
     load(toml, ["student.loss.soft_share=0.3", "student.schedule.mode=machine-only"])
     load(toml, ["student.loss.kept=300", "label.k=0"])  # how many all are is known to the label step
+
+
+def test_a_teacher_learns_from_human_labels_alone(toml: Path) -> None:
+    refused = refusal(toml, "teacher.schedule.mode=mixed")
+    assert "teacher.schedule.mode = 'mixed': it must be 'human-only'" in refused
+
+
+def test_no_more_models_are_averaged_than_there_are_validations(toml: Path) -> None:
+    settings = ["student.variants.a.schedule.steps=10", "student.variants.a.schedule.validate_every_steps=4"]
+    load(toml, [*settings, "student.variants.a.schedule.average_models=3"])
+    message = refusal(toml, *settings, "student.variants.a.schedule.average_models=4")
+    assert "student.variants.a.schedule.average_models = 4: it must be at most 3, the number of" in message
+
+
+def test_masks_that_are_wider_than_the_features_are_refused_before_anything_runs(toml: Path) -> None:
+    fewer = "features.num_mels=10"
+    load(toml, [fewer])  # there are no masks
+    for where in ("teacher", "student", "student.variants.a"):
+        message = refusal(toml, fewer, f"{where}.optimisation.masking.frequency_masks=1")
+        name = f"{where}.optimisation.masking.frequency_mask_mels"
+        assert f"{name} = 12: it must be at most features.num_mels, which is 10" in message

@@ -1,6 +1,7 @@
 """The gradient of a step: of chunks, in bfloat16, of masked features."""
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from teacherstudent.data.features import Normalisation
 from teacherstudent.distributed import Communicator, in_process
 from teacherstudent.distributed.optimizers import DistributedOptimizer
 from teacherstudent.training import gradient as gradient_module
+from teacherstudent.training import train as train_module
 from teacherstudent.training.batches import Batch, Position, Source
 from teacherstudent.training.gradient import Measured, Part, agree_numeric_mode, compute_gradient
 from teacherstudent.training.losses import PADDING
 from teacherstudent.training.models import AcousticModel, build_model, divide
-from teacherstudent.training.schedule import HUMAN, MACHINE
+from teacherstudent.training.schedule import HUMAN, MACHINE, Plan
 from teacherstudent.training.train import train
 from teacherstudent.training_settings import Masking
 
@@ -320,3 +322,38 @@ def test_a_training_with_chunks_masks_and_bfloat16_goes_on_as_if_never_interrupt
     run(tmp_path / "interrupted", -1)
     for name in ("final.pt", "log.jsonl"):
         assert (tmp_path / "interrupted" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_no_worker_validates_while_another_in_its_process_computes_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last worker is late in every step; with BMUF the others do not wait for it before a block's end."""
+    monkeypatch.setattr(gradient_module, "has_bfloat16", lambda device: True)
+    backward, measure = gradient_module._backward, train_module._measure
+    late, validates, found = threading.local(), threading.Event(), []
+
+    def last_is_late(*arguments):
+        if getattr(late, "is_so", False):
+            validates.wait(0.1)
+        return backward(*arguments)
+
+    def look(*arguments):
+        validates.set()
+        found.append(torch.get_float32_matmul_precision())
+        return measure(*arguments)
+
+    monkeypatch.setattr(gradient_module, "_backward", last_is_late)
+    monkeypatch.setattr(train_module, "_measure", look)
+    training = make_training(tmp_path, "bmuf")
+    optimisation = dataclasses.replace(training.optimisation, numeric_mode="bf16", block_steps=50)
+    schedule = dataclasses.replace(training.plan.schedule, steps=3, validate_every_steps=2)
+    plan = Plan(schedule, 0.3)
+    training = dataclasses.replace(training, optimisation=optimisation, plan=plan)
+
+    def work(comm: Communicator) -> None:
+        late.is_so = comm.rank == 1
+        sources = {name: make_source(name) for name in (HUMAN, MACHINE)}
+        train(comm, training, sources, make_source("dev", 3))
+
+    in_process(2, work, timeout_seconds=60)
+    assert found == ["highest"] * 4

@@ -276,3 +276,14 @@ def test_the_log_tells_each_sources_hours_rate_and_norm_also_where_they_are_mixe
     assert lines[HUMAN]["learning_rate"] == 2 * lines[MACHINE]["learning_rate"] == pytest.approx(0.06)
     assert lines[HUMAN]["gradient_norm"] == lines[MACHINE]["gradient_norm"] > 0
     assert lines[HUMAN]["hours"] == lines[HUMAN]["source_hours"] + lines[MACHINE]["source_hours"]
+
+
+def test_a_training_that_another_version_began_is_refused_saying_what_to_remove(tmp_path: Path) -> None:
+    training = scheduled(tmp_path, steps=6)
+    run(training)
+    for path in training.checkpoints.glob("step*.pt"):
+        saved = checkpoint.load(path)
+        del saved["progress"]["averaged"]
+        checkpoint.save(path, saved)
+    with pytest.raises(ValueError, match=r"another version of teacherstudent.*remove .* and train again"):
+        run(training)

@@ -1,7 +1,9 @@
 """Features beside labels: utterances without an alignment have no labels, and are not trained on."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from tiny_training import make_source
 from teacherstudent.config import Config, Loss, Network, Schedule
 from teacherstudent.data.feature_reader import open_features
 from teacherstudent.data.packed import PackedWriter, open_shards, shard_path
+from teacherstudent.distributed import in_process
 from teacherstudent.experiment import Experiment
+from teacherstudent.settings import build
 from teacherstudent.store import TargetWriter
 from teacherstudent.training import table_files, trainings
 from teacherstudent.training.batches import Position, Source
@@ -232,3 +236,34 @@ def test_held_out_utterances_are_validated_on_and_never_trained_on() -> None:
     assert sorted(lengths(rest) + lengths(held_out)) == lengths(whole)  # every length is there once
     with pytest.raises(ValueError, match="0 utterances to hold out of 30"):
         whole.hold_out(0)
+
+
+def test_of_all_workers_the_first_tells_that_fewer_are_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {"student": {"schedule": {"held_out_utterances": 4}}}
+    experiment = Experiment(build(Config(folder=str(tmp_path)), tables, ""))
+    there = {
+        "_open_sources": lambda: {"machine": make_source("machine", 30)},
+        "_open_dev": lambda: make_source("dev"),
+        "provenance": dict,
+        "read_normalisation": list,
+        "train": list,
+    }
+    for name, make in there.items():
+        monkeypatch.setattr(trainings, name, lambda *_, make=make: make())
+    monkeypatch.setattr(trainings.Inventory, "load", lambda _: SimpleNamespace(num_senones=5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        in_process(3, lambda comm: trainings.train_student(experiment, comm, "student"), timeout_seconds=60)
+    [told] = [str(warning.message) for warning in caught]
+    assert "schedule.held_out_utterances = 4: that is more than a tenth of the 30" in told
+    assert "3 are held out" in told
+
+
+def test_a_development_part_without_labels_is_an_error_naming_it(tmp_path: Path) -> None:
+    experiment = make_experiment(tmp_path, FEATURES)
+    write_shards(experiment.path("features", "dev"), "features", "values", (2,), FEATURES)
+    write_shards(experiment.path("senones", "dev"), "labels", "senone", (), [[], []])
+    with pytest.raises(ValueError, match=r"validated on part 'dev', and cannot be: .*holds no utterance"):
+        trainings._open_dev(experiment, Network(), 15)

@@ -166,12 +166,12 @@ class Source:
             return Position(position.epoch + 1, 0)
         return Position(position.epoch, consumed)
 
-    def hold_out(self, num_utterances: int) -> tuple["Source", "Source"]:
+    def hold_out(self, num_utterances: int, warns: bool = True) -> tuple["Source", "Source"]:
         """What is left to train on, and so many utterances for validation: the first ones of the first shards.
 
         They are neighbours in the data: the more so, the less it was shuffled when it was cut into shards. At most a
-        tenth of the source is held out, with a warning where that is less than asked for. Raises ValueError where there
-        are too few to hold out any.
+        tenth of the source is held out; `warns` on one of the workers tells where that is less than asked for. Raises
+        ValueError where there are too few to hold out any.
         """
         assert not self._parts, "held out once"
         tenth = self.num_utterances // 10
@@ -180,10 +180,10 @@ class Source:
                 f"source {self.name!r}: got {num_utterances} utterances to hold out of {self.num_utterances}: one at "
                 "least is needed, and may be a tenth of the source at most"
             )
-        if num_utterances > tenth:
+        if num_utterances > tenth and warns:
             warnings.warn(
-                f"source {self.name!r}: {num_utterances} utterances were to be held out for validation, that is more "
-                f"than a tenth of its {self.num_utterances}: {tenth} are",
+                f"schedule.held_out_utterances = {num_utterances}: that is more than a tenth of the "
+                f"{self.num_utterances} of source {self.name!r}: {tenth} are held out for validation",
                 stacklevel=2,
             )
         ends = np.cumsum(self.table.num_utterances)

@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def num_sub_epochs(self) -> int:
-        return -(-len(self) // self.schedule.validate_every_steps)
+        return self.schedule.num_sub_epochs
 
     def __getitem__(self, step: int) -> Step:
         if not 0 <= step < len(self):

@@ -195,6 +195,8 @@ def _validate(
     speakers that it knows least, long before it stops to get better at telling senones apart on all of them.
     """
     progress, step = worker.progress, worker.progress.step
+    # In bf16 a worker of this process that is still in its step has turned torch's one switch (see computing).
+    worker.comm.barrier()
     with worker.optimizer.global_weights():
         found = {name: _measure(worker, name, source, reader) for name, source in validated.items()}
         _check_converging(worker, found["dev"][0])
@@ -286,13 +288,23 @@ def _resume(worker: _Worker) -> None:
         checkpoint.load(pointer.parent / f"step{latest['step']}.rank{rank}.pt")
         for rank in optimizer.ranks_to_load(saved_size)
     ]
-    with torch.no_grad():
-        for name, value in worker.model.state_dict().items():
-            value.copy_(saved_ranks[0]["weights"][name])
-    optimizer.load_state_dicts([saved_rank["optimizer"] for saved_rank in saved_ranks])
-    saved = saved_ranks[0]["progress"]
+    saved = _check_progress(saved_ranks[0]["progress"], pointer.parent)
     # Of each worker, of as many in all.
     saved["frames"] = {name: count * saved_size // comm.size for name, count in saved["frames"].items()}
     saved["positions"] = {name: Position(**position) for name, position in saved["positions"].items()}
     saved["averaged"] = [Validated(**model) for model in saved["averaged"]]
     vars(progress).update(saved)
+    with torch.no_grad():
+        for name, value in worker.model.state_dict().items():
+            value.copy_(saved_ranks[0]["weights"][name])
+    optimizer.load_state_dicts([saved_rank["optimizer"] for saved_rank in saved_ranks])
+
+
+def _check_progress(saved: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Raises ValueError where another version of this program saved it: its micro-batches are others, too."""
+    if set(saved) != set(vars(Progress())):
+        raise ValueError(
+            f"{folder} was begun by another version of teacherstudent, which deals other micro-batches: remove "
+            f"{folder.parent} and train again"
+        )
+    return saved

@@ -95,9 +95,9 @@ def _train(
     sources = _open_sources(experiment, plan, network, optimisation.batch_frames, loss)
     held_out = None
     if schedule.held_out_utterances and MACHINE_SOURCE in sources:
-        rest, held_out = sources[MACHINE_SOURCE].hold_out(schedule.held_out_utterances)
+        rest, held_out = sources[MACHINE_SOURCE].hold_out(schedule.held_out_utterances, warns=comm.rank == 0)
         sources[MACHINE_SOURCE] = rest
-    dev = labelled_source(experiment, DEV, network, optimisation.batch_frames)
+    dev = _open_dev(experiment, network, optimisation.batch_frames)
     if comm.rank == 0:
         comm.barrier(math.inf)
     train(comm, training, sources, dev, held_out)
@@ -120,6 +120,14 @@ def _open_sources(
                 f"schedule.mode = {plan.schedule.mode!r} trains on part {part!r}, {name}-labelled, and cannot: {error}"
             ) from None
     return sources
+
+
+def _open_dev(experiment: Experiment, network: Network, batch_frames: int) -> Source:
+    """Raises ValueError naming the part, which is human-labelled as another one is."""
+    try:
+        return labelled_source(experiment, DEV, network, batch_frames)
+    except ValueError as error:
+        raise ValueError(f"every training is validated on part {DEV!r}, and cannot be: {error}") from None
 
 
 def provenance(experiment: Experiment) -> dict[str, str]:
