@@ -21,6 +21,7 @@ import senone_corpus
 import senones as tree
 import store as targets
 import torch
+import train as training
 
 from teacherstudent.config import Network
 from teacherstudent.data.features import Normalisation
@@ -121,6 +122,7 @@ SECTIONS = {
     "senones": senones,
     "store": targets.store,
     "label": labelling.label,
+    "train": training.train,
 }
 
 

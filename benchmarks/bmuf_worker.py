@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from exchange_cost import count_others, count_slices
-from gtc import peak_memory
 from gtc_links import SETTLING_STEPS, Stamp, make_gradients
 from links import bytes_transmitted
+from memory import peak_memory
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
 

@@ -8,16 +8,14 @@ which what else the machine does disturbs least; two threads by the clock on the
 """
 # n elements, K elements that send, τ threshold, σ scale of a parameter's gradients
 
-import ctypes
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
+from memory import peak_memory
 from torch import Tensor, nn
 
 from teacherstudent.distributed import codec, kernels, kernels_torch
@@ -107,22 +105,6 @@ def seconds_of(function: Callable[[], object]) -> tuple[float, float]:
     clock, processor = time.perf_counter(), time.thread_time()
     function()
     return time.perf_counter() - clock, time.thread_time() - processor
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """How many bytes the process's resident memory rises above what it was, at its highest."""
-
-    def read(name: str) -> float:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * float(next(line for line in lines if line.startswith(name)).split()[1])
-
-    found: list[float] = []
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = read("VmRSS")
-    yield found
-    found.append(read("VmHWM") - before)
 
 
 def decode_and_apply(walk: Walk, message: Tensor, apply: Callable[..., None] = kernels.apply) -> None:

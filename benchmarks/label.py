@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from store import MadeSpeech, peak_megabytes
+from memory import peak_megabytes
+from store import MadeSpeech
 
 from teacherstudent.config import Config, Label, Network
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS, Normalisation

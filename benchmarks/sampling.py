@@ -1,25 +1,31 @@
 """What stateless sampling costs at a million hours: 100,000 shards of ten hours, 360 million utterances.
 
 Part of the section `train`; by itself: python benchmarks/sampling.py. Shards are simulated, so that what is measured
-is ours and not the disk's; every start is a process of its own. A real shard adds the time to open two files.
+is ours and not the disk's: their names are there, listed twice as those of features and of targets are, and nothing is
+in the files. A real shard adds the time to open two. Every start is a process of its own; its seconds on a processor
+are those that other work on the machine disturbs least.
 """
 
 import functools
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from memory import peak_megabytes
 
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS
+from teacherstudent.data.packed import open_shards, shard_path
 from teacherstudent.data.prefetch import BatchReader, list_requests
 from teacherstudent.data.shard_sequence import ShardSequence
+from teacherstudent.targets.shard_folder import ShardFolder
 from teacherstudent.training.batches import WINDOW_SHARDS, Position, Source
 from teacherstudent.training.shard_table import ShardTable
+from teacherstudent.training.table_files import TABLE
 
 HOURS, SHARD_HOURS = 1_000_000, 10
 MEAN_SECONDS, LONGEST_SECONDS = 10.0, 40.0
@@ -28,7 +34,11 @@ RANK, WORKERS = 5, 64
 DIFFERENT = 100
 READERS = 2
 STEPS = 100  # read one after the other: more than the 75 that a window has for each worker
-ACTIONS = ("import", "start", "resume")
+PLACES = {
+    "start": (0, 0.0),
+    "resume": (3, 0.5),
+}  # epoch, and how far into it: the middle stands for any place
+STEM = "targets"
 
 
 class SimulatedShard:
@@ -66,82 +76,87 @@ class SimulatedTargets(SimulatedShard):
         return {"ids": np.zeros(shape, np.int32), "probabilities": np.full(shape, 1 / K, np.float32)}
 
 
-def write_simulated_table(path: Path, num_shards: int) -> None:
-    """As `label` leaves it, but quickly: the rows of the few shards that differ, again and again."""
+def write_simulated(folder: Path, num_shards: int) -> None:
+    """The table as `label` leaves it, but quickly: the rows of the few shards that differ, again and again."""
+    folder.mkdir()
+    path = folder / TABLE
     ShardTable.make(SimulatedShard(number).num_frames for number in range(DIFFERENT)).save(path)
     cells = np.load(path)
     rows = np.resize(cells[1:], (num_shards, cells.shape[1]))  # it repeats them
     np.save(path, np.concatenate([cells[:1], rows]))
+    for number in range(num_shards):
+        shard_path(folder, STEM, number).touch()
 
 
-def open_simulated(path: Path, num_shards: int) -> Source:
-    features = ShardSequence(SimulatedFeatures, num_shards)
-    labels = ShardSequence(SimulatedTargets, num_shards)
-    return Source("machine", features, labels, ShardTable.load(path), BATCH_FRAMES, seed=1)
+def open_simulated(folder: Path) -> Source:
+    features = ShardSequence(SimulatedFeatures, len(open_shards(folder, STEM)))
+    labels = ShardSequence(SimulatedTargets, ShardFolder(folder, STEM).num_shards)
+    return Source("machine", features, labels, ShardTable.load(folder / TABLE), BATCH_FRAMES, seed=1)
 
 
 def take_steps(
-    path: Path, num_shards: int, position: Position, num_steps: int, readers: int = 0
-) -> list[float]:
-    """Seconds until each of some steps has its batch, from before the table was opened."""
-    begun = time.perf_counter()
-    source = open_simulated(path, num_shards)
-    sources, seconds = {"machine": source}, []
+    folder: Path, epoch: int, share: float, num_steps: int, readers: int = 0
+) -> tuple[list[float], float]:
+    """Seconds until each of some steps has its batch, from before anything was opened; this process's megabytes."""
+    begun, seconds = time.perf_counter(), []
+    source = open_simulated(folder)
+    sources, position = {"machine": source}, Position(epoch, int(share * source.num_batches(epoch)))
     requests = list_requests(["machine"] * num_steps, sources, {"machine": position}, RANK, WORKERS)
     with BatchReader(sources, readers) as reader:
         for _, batch in reader.read(requests):
             assert batch.num_frames
             seconds.append(time.perf_counter() - begun)
-    return seconds
+    return seconds, peak_megabytes()
 
 
-def in_fresh_process(
-    action: str, path: Path, num_shards: int, readers: int = 0
-) -> tuple[float, float, float]:
-    """Seconds to the first batch, the same with the start of Python and torch, and megabytes at most."""
+class Start(NamedTuple):
+    """Seconds to the first batch; the same with the start of Python and torch, by the clock and on a processor."""
+
+    seconds: float
+    whole_seconds: float
+    processor_seconds: float
+    megabytes: float  # at most
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds:6.2f} s to the first batch; with the start of Python and torch "
+            f"{self.whole_seconds:5.1f} s, {self.processor_seconds:4.1f} s of a processor"
+        )
+
+
+def in_fresh_process(place: str, folder: Path, readers: int = 0) -> Start:
+    """Without what its readers need of processor and memory."""
     begun = time.perf_counter()
-    command = [sys.executable, __file__, action, str(path), str(num_shards), str(readers)]
+    command = [sys.executable, __file__, place, str(folder), str(readers)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds, megabytes = map(float, done.stdout.split())
-    return seconds, time.perf_counter() - begun, megabytes
-
-
-def _act(action: str, path: Path, num_shards: int, readers: int) -> None:
-    """In the fresh process. The middle of epoch 3 stands for any place."""
-    seconds = 0.0
-    if action != "import":
-        middle = num_shards * int(SHARD_HOURS * 3600 / FRAME_SHIFT_SECONDS / BATCH_FRAMES) // 2
-        position = Position(3, middle) if action == "resume" else Position()
-        seconds = take_steps(path, num_shards, position, 1, readers)[0]
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(seconds, megabytes)
+    seconds, processor_seconds, megabytes = map(float, done.stdout.split())
+    return Start(seconds, time.perf_counter() - begun, processor_seconds, megabytes)
 
 
 def measure_sampling(hours: int = HOURS) -> None:
-    """Start, resume and steps on a table of so many hours, and memory beside that of an empty table."""
+    """Start, resume and steps on a table of so many hours, and memory beside that of a table of one shard."""
     num_shards = hours // SHARD_HOURS
-    with tempfile.TemporaryDirectory() as folder:
-        path, small = Path(folder) / "shard_table.npy", Path(folder) / "small.npy"
-        write_simulated_table(path, num_shards)
-        write_simulated_table(small, 1)
-        size = path.stat().st_size / 1e6
-        utterances = int(ShardTable.load(path).num_utterances.sum())
-        print(f"table of {num_shards:,} shards, {utterances / 1e6:.0f} M utterances: {size:.0f} MB")
-        empty = in_fresh_process("start", small, 1)[2]
-        for action in ("start", "resume"):
-            seconds, whole, megabytes = in_fresh_process(action, path, num_shards)
-            print(f"{action:8} {seconds:6.2f} s to the first batch, {whole:5.1f} s with the start of Python and torch; "
-                  f"{megabytes - empty:5.0f} MB above one shard ({empty:.0f} MB)")  # fmt: skip
-        seconds, whole, _ = in_fresh_process("start", path, num_shards, READERS)
-        print(f"start    {seconds:6.2f} s with {READERS} reader processes, {whole:5.1f} s in all")
-        found = np.diff(take_steps(path, num_shards, Position(1, 12345), STEPS))
+    with tempfile.TemporaryDirectory() as place:
+        folder, small = Path(place) / "whole", Path(place) / "small"
+        write_simulated(folder, num_shards)
+        write_simulated(small, 1)
+        utterances = int(ShardTable.load(folder / TABLE).num_utterances.sum())
+        print(f"table of {num_shards:,} shards, {utterances / 1e6:.0f} M utterances: "
+              f"{(folder / TABLE).stat().st_size / 1e6:.0f} MB")  # fmt: skip
+        empty = in_fresh_process("start", small).megabytes
+        for action in PLACES:
+            start = in_fresh_process(action, folder)
+            print(f"{action:8} {start}; {start.megabytes - empty:.0f} MB above one shard ({empty:.0f} MB)")
+        print(f"start    {in_fresh_process('start', folder, READERS)}, with {READERS} reader processes")
+        found = np.diff(take_steps(folder, 1, 0.1, STEPS)[0])
         print(f"a step   {1e3 * np.median(found):6.1f} ms to make its batch, {1e3 * found.mean():.1f} ms with the "
               f"windows of {WINDOW_SHARDS} shards that it opens, {1e3 * found.max():.0f} ms at most")  # fmt: skip
 
 
 def main() -> None:
-    if sys.argv[1:2] and sys.argv[1] in ACTIONS:
-        _act(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    if sys.argv[1:2] and sys.argv[1] in PLACES:  # in the fresh process
+        seconds, megabytes = take_steps(Path(sys.argv[2]), *PLACES[sys.argv[1]], 1, int(sys.argv[3]))
+        print(seconds[0], time.process_time(), megabytes)
     else:
         measure_sampling(*map(int, sys.argv[1:]))
 

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import torch
 from lhotse.features.io import NumpyHdf5Reader, NumpyHdf5Writer
+from memory import peak_megabytes
 
 from teacherstudent.data.packed import open_shards, shard_path
 from teacherstudent.posteriors import TopK, renormalise, top_k
@@ -248,12 +249,6 @@ def read_for_memory(folder: str, cache: str, first: str) -> None:
         for _ in store.iter_shard(number):
             pass
     print(peak_megabytes() - before)
-
-
-def peak_megabytes() -> float:
-    """Of resident memory. (The peak that getrusage knows may be that of the parent process.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def describe_outputs(outputs: Outputs) -> int:

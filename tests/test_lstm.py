@@ -1,12 +1,14 @@
 """An LSTM layer of bfloat16 products is torch's LSTM, but for the rounding."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from teacherstudent.training.lstm import run_in_bfloat16
+from teacherstudent.training import lstm
+from teacherstudent.training.lstm import lay_out, run_in_bfloat16
 
 torch.set_num_threads(1)
 
@@ -77,3 +79,23 @@ def test_no_gradient_passes_through_the_state() -> None:
     later.sum().backward()
     assert (batch.grad[:, :4] == 0).all()
     assert (batch.grad[:, 4:] != 0).any()
+
+
+@pytest.mark.parametrize("num_frames", [1, 100])  # never laid out, once
+@pytest.mark.parametrize("num_rows", [1, 7, 16])
+def test_weights_laid_out_multiply_as_they_do_otherwise(num_frames: int, num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(96, 160, generator=generator).bfloat16()
+    product = lay_out(weights, num_frames, num_rows)
+    for _ in range(2):
+        rows = torch.randn(num_rows, 160, generator=generator).bfloat16()
+        assert_near(product(rows), rows.double() @ weights.double().t(), share=0.004)
+
+
+def test_a_torch_without_the_operators_that_lay_weights_out_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, _ = run_in_bfloat16(make_layer(), make_batch(5, 40), None)
+    monkeypatch.setattr(lstm, "torch", SimpleNamespace(**vars(torch) | {"ops": SimpleNamespace(mkldnn=None)}))
+    output, _ = run_in_bfloat16(make_layer(), make_batch(5, 40), None)
+    assert_near(output, expected)

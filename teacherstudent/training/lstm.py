@@ -7,6 +7,8 @@ gradient is one product over all frames, and only what has to wait for the frame
 # B batch, T frames, F features, C cells; gates of 4 C: input, forget, candidate, output, as in torch
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 State = tuple[Tensor, Tensor]  # output and cells, after the last frame
+_FRAMES_WORTH_LAYING_OUT = 16  # the copy takes as long as four products
 
 
 def run_in_bfloat16(lstm: nn.LSTM, hidden: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -49,11 +52,12 @@ class _BFloat16LSTM(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_frames, num_utterances, num_cells = *frames.shape[:2], w_output.shape[1]
         gates = linear(frames, w_input, bias)
+        recur = lay_out(w_output, num_frames, num_utterances)
         outputs = frames.new_empty(num_frames + 1, num_utterances, num_cells)
         kept = cells.new_empty(num_frames + 1, num_utterances, num_cells)
         outputs[0], kept[0] = output, cells
         for t in range(num_frames):
-            opened = linear(outputs[t], w_output).float().add_(gates[t])
+            opened = recur(outputs[t]).float().add_(gates[t])
             i, f, u, o = opened.chunk(4, dim=1)
             candidate = _tanh(u)
             opened.sigmoid_()
@@ -86,11 +90,12 @@ def _open_gates(upstream: Tensor, kept: Tensor, gates: Tensor, w_output: Tensor)
     slope = torch.empty_like(gates[0], dtype=kept.dtype)
     di, df, du, do = slope.chunk(4, dim=1)
     into_cells = torch.zeros_like(kept[0])
+    recur = lay_out(w_output, len(gates), gates.shape[1])
     for t in reversed(range(len(gates))):
         i, f, u, o = gates[t].float().chunk(4, dim=1)
         into_output = upstream[t].float()
         if t + 1 < len(gates):
-            into_output = linear(slopes[t + 1], w_output).add_(upstream[t]).float()
+            into_output = recur(slopes[t + 1]).add_(upstream[t]).float()
         squashed = _tanh(kept[t + 1])
         torch.mul(into_output, squashed, out=do).mul_(o).mul_(1 - o)
         into_cells.addcmul_(into_output * o, 1 - squashed * squashed)
@@ -100,6 +105,20 @@ def _open_gates(upstream: Tensor, kept: Tensor, gates: Tensor, w_output: Tensor)
         into_cells.mul_(f)
         slopes[t] = slope
     return slopes
+
+
+def lay_out(weights: Tensor, num_frames: int, num_rows: int) -> Callable[[Tensor], Tensor]:
+    """The function (num_rows, I) -> (num_rows, O) of weights (O, I) that linear is, to be called num_frames times.
+
+    For every product oneDNN copies the weights into an order of its own, which for few rows takes a third of the time.
+    Where torch has the operators with which its compiler does that once, it is done once. They are not documented, and
+    another version may lack them: it is slower then, nothing else.
+    """
+    operators = torch.ops.mkldnn
+    if num_frames < _FRAMES_WORTH_LAYING_OUT or not hasattr(operators, "_reorder_linear_weight"):
+        return partial(linear, weight=weights)
+    ordered = operators._reorder_linear_weight(weights, num_rows)
+    return lambda rows: operators._linear_pointwise(rows, ordered, None, "none", [], "")
 
 
 def _tanh(values: Tensor) -> Tensor:
