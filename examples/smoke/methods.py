@@ -208,6 +208,8 @@ def table(runs: Runs, seeds: list[int], chosen: dict[Cell, int]) -> str:
 
 
 def several(values: list[float], digits: int) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     own = ", ".join(f"{value:.{digits}f}" for value in values)
     return f"{statistics.mean(values):.{digits}f} ({own})"
 
