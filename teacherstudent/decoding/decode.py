@@ -94,7 +94,6 @@ class Decoder:
         self._best = self._wheel.FasterDecoderOptions(beam, max_active, MIN_ACTIVE)
         self._all = self._wheel.LatticeSimpleDecoderConfig(beam=beam, lattice_beam=lattice_beam)
         self._loaded: dict[float, Any] = {}  # the graph by word penalty; a search does not keep it alive
-        self._searches: dict[tuple[float, bool], Any] = {}  # by word penalty, and whether it makes lattices
 
     def __call__(
         self,
@@ -147,13 +146,12 @@ class Decoder:
         return tuple(self._graph.words[word - 1] for word in words)
 
     def _search(self, word_penalty: float, lattices: bool) -> Any:
+        """A new one for every utterance: the table of states in one that was used remembers how full it was, which
+        changes what is pruned among equals."""
         if word_penalty not in self._loaded:
             self._loaded[word_penalty] = self._graph.load(word_penalty)
-        key = (word_penalty, lattices)
-        if key not in self._searches:
-            kind = self._wheel.LatticeSimpleDecoder if lattices else self._wheel.FasterDecoder
-            self._searches[key] = kind(self._loaded[word_penalty], self._all if lattices else self._best)
-        return self._searches[key]
+        kind = self._wheel.LatticeSimpleDecoder if lattices else self._wheel.FasterDecoder
+        return kind(self._loaded[word_penalty], self._all if lattices else self._best)
 
     def _scores(self, log_posteriors: ArrayLike, log_priors: ArrayLike, scale: float) -> NDArray[np.float32]:
         posteriors, priors = np.asarray(log_posteriors), np.asarray(log_priors)
