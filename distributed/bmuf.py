@@ -36,6 +36,7 @@ from teacherstudent.distributed.flat import Bucket, stay_finite
 from teacherstudent.distributed.grad_scaler import tell_scaler
 from teacherstudent.distributed.gtc_state import ranks_to_fold
 from teacherstudent.distributed.optimizers import STATE_KEY, DistributedOptimizer
+from teacherstudent.distributed.step_problems import find_loss_problem
 
 
 class BMUF(DistributedOptimizer):
@@ -172,8 +173,6 @@ class BMUF(DistributedOptimizer):
         """The mean loss of the batch whose `step` comes next. Only `outlier_factor` makes use of it."""
         if self.outlier_factor is not None:
             self._reported_loss = float(loss)
-            if self._reported_loss < 0:
-                raise ValueError(f"the loss is {loss}; outlier_factor compares losses from 0 up")
 
     def request(self, what: str) -> None:
         """Ask all ranks for a "stop" or a "checkpoint"; they hear of it at the end of the present block."""
@@ -200,10 +199,16 @@ class BMUF(DistributedOptimizer):
         if self._is_warming_up:
             self._warm_up(weight)
             return
-        self._train_alone(weight)
+        loss, self._reported_loss = self._reported_loss, None
+        if self._learn(weight):
+            for fragment in self._fragments:
+                fragment.tally.add(weight, loss)
         self._count_step()
         while self._problem:  # the agreement at the block's end makes it an error on every rank
             self._count_step()
+
+    def _find_problem(self, weight: Any) -> str:
+        return super()._find_problem(weight) or find_loss_problem(self._reported_loss)
 
     def _count_step(self) -> None:
         for fragment in self._fragments:
@@ -238,12 +243,6 @@ class BMUF(DistributedOptimizer):
 
     def _take_exact_step(self, weight: int) -> None:
         take_exact_step(self, weight)
-
-    def _train_alone(self, weight: int) -> None:
-        loss, self._reported_loss = self._reported_loss, None
-        if self._learn(weight):
-            for fragment in self._fragments:
-                fragment.tally.add(weight, loss)
 
     def _learn(self, weight: int) -> bool:
         """Use the gradients at hand; whether they count."""

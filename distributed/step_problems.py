@@ -48,6 +48,13 @@ def check_weight(weight: Any) -> int:
     return number
 
 
+def find_loss_problem(loss: float | None) -> str:
+    """A sentence on a loss that was reported; empty if nothing is wrong."""
+    if loss is None or not loss < 0:
+        return ""
+    return f"the loss that was reported is {loss:g}; outlier_factor compares losses from 0 up"
+
+
 def count_trainable(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.requires_grad for parameter in parameters)
 

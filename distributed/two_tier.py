@@ -26,6 +26,7 @@ from teacherstudent.distributed.gtc import GTC
 from teacherstudent.distributed.gtc_options import GTCOptions
 from teacherstudent.distributed.gtc_state import ranks_to_fold
 from teacherstudent.distributed.optimizers import STATE_KEY, DistributedOptimizer
+from teacherstudent.distributed.step_problems import find_loss_problem
 
 INNER_METHODS: dict[str, type[DistributedOptimizer]] = {"gtc": GTC, "exact": ExactAveraging}
 
@@ -137,6 +138,10 @@ class TwoTier(DistributedOptimizer):
         """The mean loss of this rank's batch whose `step` comes next. Only `outlier_factor` makes use of it."""
         if self._across:
             self._across.report_loss(loss)
+
+    def _find_problem(self, weight: Any) -> str:
+        across = self._across
+        return super()._find_problem(weight) or find_loss_problem(across._reported_loss if across else None)
 
     def request(self, what: str) -> None:
         """Ask all ranks for a "stop" or a "checkpoint"; they hear of it at the end of the present block."""

@@ -103,7 +103,9 @@ def _describe_data(plan: Plan, batch_frames: int, workers: int) -> str:
     each = ", ".join(
         f"{source} {plan.num_steps(source)} steps, {hours[source]:.1f} hours" for source in plan.sources
     )
-    return f"at most {sum(hours.values()):.1f} hours of audio ({each})"
+    shards = plan.schedule.machine_shards if "machine" in plan.sources else 0
+    of_shards = f"; machine-labelled from the first {shards} shards alone" if shards else ""
+    return f"at most {sum(hours.values()):.1f} hours of audio ({each}){of_shards}"
 
 
 def _num_features(features: Features) -> int:

@@ -43,6 +43,7 @@ class Schedule(Section):
     sequence: Literal["machine-human", "human-machine"] = "machine-human"  # sequential
     # bmuf, two-tiers: a block never holds steps of two sources; turns that are no whole blocks are an error.
     align_turns_to_blocks: bool = False
+    machine_shards: Natural = 0  # of the machine-labelled data, the first so many; 0: all
     # Of each source where there are two: one alone has no other to be set against. A multiplier scales the clipped
     # gradient, a loss weight the loss before it; where sources are mixed, both scale the loss.
     human_learning_rate_multiplier: Positive = 2.0

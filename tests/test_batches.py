@@ -211,6 +211,20 @@ def test_what_is_held_out_is_the_beginning_and_the_rest_is_trained_on(
     assert whole_epoch(source, 1) == whole_epoch(make(sizes, batch_frames), 1)  # it is as it was
 
 
+def test_the_first_shards_alone_are_a_source_of_their_own() -> None:
+    whole, alone = make(SIZES), make(SIZES[:3])
+    first = pickle.loads(pickle.dumps(whole.take_first(3)))
+    for epoch in range(3):
+        assert whole_epoch(first, 2, epoch) == whole_epoch(alone, 2, epoch)
+    rest, held = make([*SIZES[:3], [3] * 60, [7] * 9]).take_first(4).hold_out(2)
+    assert rest.num_utterances + held.num_utterances == sum(map(len, SIZES[:3])) + 60
+    for asked in (0, 6):
+        with pytest.raises(ValueError, match=f"machine_shards = {asked}: source 'human' has 5 shards"):
+            whole.take_first(asked)
+    with pytest.raises(ValueError, match="holds no utterance"):
+        make([[], [3]]).take_first(1)
+
+
 def test_no_more_than_a_tenth_is_held_out_and_that_is_told() -> None:
     with pytest.warns(UserWarning, match="held_out_utterances = 40: that is more than a tenth of the 35"):
         _, held = make([[5] * 35]).hold_out(40)

@@ -169,8 +169,6 @@ def test_outliers_want_losses() -> None:
             ValueError, match=r"rank 1 has reported no loss in this block; call optimizer\.report_loss"
         ):
             give_step(optimizer, parameter, comm.rank, 0)
-        with pytest.raises(ValueError, match="compares losses from 0 up"):
-            optimizer.report_loss(-1.0)
 
     in_process(2, work)
 

@@ -9,32 +9,26 @@ import pytest
 import torch
 from tiny_bmuf import give_step, gradient_of, make_parameter
 from torch import Tensor
+from worker_errors import errors_of
 
 from teacherstudent.distributed import BMUF, Communicator, TwoTier, in_process
 
 METHODS: dict[str, Callable[..., Any]] = {
-    "plain": lambda inner, comm: BMUF(inner, comm, block_steps=4),
-    "fragments with delay": lambda inner, comm: BMUF(
-        inner, comm, block_steps=4, fragments=2, delay_steps=1, wire="int8"
+    "plain": lambda inner, comm, **options: BMUF(inner, comm, block_steps=4, **options),
+    "fragments with delay": lambda inner, comm, **options: BMUF(
+        inner, comm, block_steps=4, fragments=2, delay_steps=1, wire="int8", **options
     ),
-    "one member a group": lambda inner, comm: TwoTier(inner, comm, group_size=1, block_steps=4),
-    "two tiers": lambda inner, comm: TwoTier(
-        inner, comm, group_size=2, inner_options={"density": 0.2}, block_steps=4
+    "one member a group": lambda inner, comm, **options: TwoTier(
+        inner, comm, group_size=1, block_steps=4, **options
     ),
-    "exact in groups": lambda inner, comm: TwoTier(inner, comm, group_size=2, inner="exact", block_steps=4),
+    "two tiers": lambda inner, comm, **options: TwoTier(
+        inner, comm, group_size=2, inner_options={"density": 0.2}, block_steps=4, **options
+    ),
+    "exact in groups": lambda inner, comm, **options: TwoTier(
+        inner, comm, group_size=2, inner="exact", block_steps=4, **options
+    ),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
-
-
-def errors_of(work: Callable[[Communicator], None]) -> list[str]:
-    """The messages of four workers, none of which waits long."""
-
-    def catch(comm: Communicator) -> str:
-        with pytest.raises(ValueError) as caught:
-            work(comm)
-        return str(caught.value)
-
-    return in_process(4, catch, timeout_seconds=10)
 
 
 @every_method
@@ -48,7 +42,7 @@ def test_a_wrong_weight_of_one_worker_is_an_error_on_all(make: Callable[..., Any
                 parameter.grad = gradient_of(comm.rank, step, parameter.detach())
             optimizer.step(weight=weight if (comm.rank, step) == (3, 5) else 1)
 
-    [message] = set(errors_of(work))
+    [message] = set(errors_of(4, work))
     assert f"rank {1 if 'group 1' in message else 3}: weight is {weight}; give" in message
 
 
@@ -62,8 +56,23 @@ def test_a_worker_may_have_gone_wrong_when_the_others_synchronize(make: Callable
         optimizer.step(weight=-3 if comm.rank == 2 else 1)
         optimizer.synchronize()
 
-    [message] = set(errors_of(work))
+    [message] = set(errors_of(4, work))
     assert "weight is -3; give" in message
+
+
+@every_method
+def test_a_loss_below_0_on_one_worker_is_an_error_on_all(make: Callable[..., Any]) -> None:
+    def work(comm: Communicator) -> None:
+        parameters = [make_parameter(), make_parameter()]
+        optimizer = make(torch.optim.SGD(parameters, lr=0.1), comm, outlier_factor=3.0)
+        for step in range(9):
+            for parameter in parameters:
+                parameter.grad = gradient_of(comm.rank, step, parameter.detach())
+            optimizer.report_loss(-2.0 if (comm.rank, step) == (2, 5) else 1.0)
+            optimizer.step()
+
+    [message] = set(errors_of(4, work))
+    assert "the loss that was reported is -2; outlier_factor compares losses from 0 up" in message
 
 
 @every_method
@@ -77,7 +86,7 @@ def test_a_sparse_gradient_on_one_worker_is_an_error_on_all(make: Callable[..., 
                 model[0](torch.tensor([1])).sum().backward()
             optimizer.step()
 
-    [message] = set(errors_of(work))
+    [message] = set(errors_of(4, work))
     assert "rank 1: a gradient is sparse, and only dense ones are exchanged" in message
 
 
@@ -88,7 +97,7 @@ def test_models_of_other_shapes_are_an_error_on_every_worker(make: Callable[...,
         make(torch.optim.SGD(model.parameters(), lr=0.1), comm)
 
     assert all(
-        "the parameters differ between ranks" in text and "rank 3 has" in text for text in errors_of(work)
+        "the parameters differ between ranks" in text and "rank 3 has" in text for text in errors_of(4, work)
     )
 
 

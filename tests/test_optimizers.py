@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch.nn import functional
+from worker_errors import errors_of
 from workers.small_model import backward, batch_of, make_model, weights_of
 
 from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, in_process
@@ -27,17 +28,6 @@ def test_initial_weights_are_those_of_rank_0(make) -> None:  # type: ignore[no-u
         return weights_of(model)
 
     assert all(torch.equal(weights, weights_of(make_model(seed=0))) for weights in in_process(3, work))
-
-
-def errors_of(num_workers: int, work) -> list[str]:  # type: ignore[no-untyped-def]
-    """The message of the ValueError that every worker must meet."""
-
-    def catch(comm: Communicator) -> str:
-        with pytest.raises(ValueError) as caught:
-            work(comm)
-        return str(caught.value)
-
-    return in_process(num_workers, catch, timeout_seconds=10)
 
 
 @every_method

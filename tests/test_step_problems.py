@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from worker_errors import errors_of
 from workers.small_model import backward, batch_of, make_model
 
 from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, in_process
@@ -27,17 +28,6 @@ def sgd(model: torch.nn.Module, **settings: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), **{"lr": 0.1, **settings})
 
 
-def errors_of(work: Callable[[Communicator], None]) -> list[str]:
-    """The messages of two workers, none of which waits long."""
-
-    def catch(comm: Communicator) -> str:
-        with pytest.raises(ValueError) as caught:
-            work(comm)
-        return str(caught.value)
-
-    return in_process(2, catch, timeout_seconds=10)
-
-
 @every_method
 def test_a_parameter_that_is_unfrozen_after_construction_is_an_error(make: Callable[..., Any]) -> None:
     """Its gradients would stay on their ranks, and replicas part."""
@@ -52,7 +42,7 @@ def test_a_parameter_that_is_unfrozen_after_construction_is_an_error(make: Calla
         backward(model, *batch_of(comm.rank, 1, 4))
         optimizer.step()
 
-    assert all(message.startswith("2 parameters were added") for message in errors_of(work))
+    assert all(message.startswith("2 parameters were added") for message in errors_of(2, work))
 
 
 @every_method
@@ -65,7 +55,7 @@ def test_a_group_added_to_the_inner_optimizer_is_an_error(make: Callable[..., An
         backward(model, *batch_of(comm.rank, 0, 4))
         optimizer.step()
 
-    assert all(message.startswith("2 parameters were added") for message in errors_of(work))
+    assert all(message.startswith("2 parameters were added") for message in errors_of(2, work))
 
 
 @agreeing
@@ -95,7 +85,7 @@ def test_a_weight_that_is_no_count_on_one_rank_is_an_error_on_all(
         backward(model, *batch_of(comm.rank, 0, 4))
         optimizer.step(weight=weight if comm.rank else 1)
 
-    assert all(message.startswith(f"rank 1: weight is {weight}; give") for message in errors_of(work))
+    assert all(message.startswith(f"rank 1: weight is {weight}; give") for message in errors_of(2, work))
 
 
 @agreeing
@@ -111,7 +101,7 @@ def test_learning_rates_that_differ_are_an_error_in_every_kind_of_step(
         optimizer.step()
 
     expected = f"rank 0: the ranks differ in learning rate: here it is [{rate}]; rank 1: the ranks differ in"
-    assert all(message.startswith(expected) for message in errors_of(work))
+    assert all(message.startswith(expected) for message in errors_of(2, work))
 
 
 @every_method
@@ -122,7 +112,7 @@ def test_settings_of_the_inner_optimizer_that_differ_are_an_error(make: Callable
         groups[2]["weight_decay"] = 0.125 * comm.rank  # type: ignore[assignment]
         make(torch.optim.SGD(groups, lr=0.1), comm)
 
-    for message in errors_of(work):
+    for message in errors_of(2, work):
         assert "the groups differ between ranks: rank 0 has group 2:" in message
         assert "weight_decay=0.0" in message and "weight_decay=0.125" in message
 
@@ -136,7 +126,7 @@ def test_sparse_gradients_are_refused(make: Callable[..., Any]) -> None:
             layer(torch.tensor([1])).sum().backward()
         optimizer.step(weight=comm.rank)
 
-    assert all("rank 1: a gradient is sparse" in message for message in errors_of(work))
+    assert all("rank 1: a gradient is sparse" in message for message in errors_of(2, work))
 
 
 @every_method

@@ -17,7 +17,7 @@ HOURS = {"machine": 2.0, "human": 1.0}
 
 def write(log: TrainingLog, first: int = 1) -> None:
     log.add(STEP, [Measured(30.0, 5, 10), Measured(8.0, 1, 4)], norm=2.0)
-    log.add(STEP, [Measured(10.0, None, 10), Measured(0.0, 0, 0)], norm=4.0)
+    log.add(STEP, [Measured(10.0, 8, 10), Measured(0.0, 0, 0)], norm=4.0)
     log.step(first + 1, HOURS, lambda: {"bytes_sent": 7}, pauses=True)
     log.write({"step": first + 1, "source": "human", "dev_loss": 0.5})
 
@@ -28,7 +28,7 @@ def test_losses_and_errors_are_means_over_frames_and_norms_over_the_steps_that_h
     with TrainingLog(tmp_path / "log.jsonl", 0, writes=True) as log:
         write(log)
     machine, human, dev = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
-    assert (machine["loss"], machine["frame_error"], machine["gradient_norm"]) == (2.0, None, 3.0)
+    assert (machine["loss"], machine["frame_error"], machine["gradient_norm"]) == (2.0, 65.0, 3.0)
     assert (human["loss"], human["frame_error"], human["gradient_norm"]) == (2.0, 25.0, 2.0)
     assert (machine["learning_rate"], human["learning_rate"]) == (0.1, 0.2)
     assert (machine["hours"], machine["source_hours"], human["source_hours"]) == (3.0, 2.0, 1.0)

@@ -224,6 +224,22 @@ def test_mixed_sources_are_opened_with_their_shares_of_a_batch(tmp_path: Path) -
     assert {name: source.batch_frames for name, source in sources.items()} == {"human": 100, "machine": 300}
 
 
+def test_of_the_machine_labelled_shards_the_first_are_taken(tmp_path: Path) -> None:
+    experiment = make_experiment(tmp_path, FEATURES)
+    write_shards(experiment.path("features", "unlabelled"), "features", "values", (2,), FEATURES)
+    write_targets(experiment, "targets", FEATURES)
+
+    def open_sources(num_shards: int) -> dict[str, Source]:
+        schedule = Schedule(mode="mixed", steps=10, machine_shards=num_shards)
+        return trainings._open_sources(experiment, Plan(schedule, 0.1), Network(), 400)
+
+    some, every = open_sources(1), open_sources(0)
+    assert some["machine"].num_utterances == len(FEATURES[0]) < every["machine"].num_utterances
+    assert some["human"].num_utterances == every["human"].num_utterances
+    with pytest.raises(ValueError, match=r"part 'unlabelled', .*machine_shards = 9: source 'machine' has"):
+        open_sources(9)
+
+
 def test_held_out_utterances_are_validated_on_and_never_trained_on() -> None:
     whole = make_source("machine", 30)
     rest, held_out = whole.hold_out(3)

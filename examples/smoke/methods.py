@@ -1,12 +1,13 @@
 """GTC, BMUF, two tiers and exact averaging with 1 to 64 workers on the same data, each at its own learning rate.
 
     python examples/smoke/methods.py [--workers 1 4 16 64] [--seeds 3 4] [--folder experiments/methods]
+        [--methods exact gtc bmuf two-tiers] [--micro-batches 6144] [--filled 3]
 
 On the corpus of smoke.toml, with in-process workers. Every training reads the same number of frames: with N workers
 1/N of the steps. The learning rate of each method and number of workers is chosen on the development speakers of
 seed 0, from one grid of powers of two: the rate is moved by a factor of two for as long as the frame error falls. The
 table is made of other seeds and another split of the speakers, which no choice has seen. What was trained before is
-not trained again.
+not trained again; other --methods, --micro-batches or --filled want another --folder.
 """
 
 import argparse
@@ -29,10 +30,11 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "examples/smoke/smoke.toml"
 CHOICE_SEED = 0
 CHOICE_SPLIT, SPLIT = 3, 4  # of the speakers: for choices, and for the table
+METHODS = ("exact", "gtc", "bmuf", "two-tiers")
 MICRO_BATCHES, BATCH_FRAMES, VALIDATIONS = 6144, 240, 4
 MOST_MOMENTUM = 1 - 1 / 16  # 64 workers' own, 1 - 1/64, would need 192 blocks, more than there are steps
 NETWORK = {"layers": 2, "cells": 64, "dropout": 0.0}  # smaller than smoke.toml's: there are many trainings
-FIRST_EXPONENT = {"exact": -1, "gtc": -1, "bmuf": -4, "two-tiers": -2}  # where the search of a rate begins
+FIRST_EXPONENT = {"exact": 0, "gtc": 0, "bmuf": -2, "two-tiers": -1}  # where the search of a rate begins
 EXPONENTS = range(-7, 5)  # the grid: 2 ** exponent
 FILLED = 3  # times 1 / (1 - momentum): so many blocks a run has at least, or the filter never fills
 JOBS = 2
@@ -45,10 +47,12 @@ class Cell:
     method: str
     workers: int
     group_size: int = 1
+    micro_batches: int = MICRO_BATCHES  # over all workers
+    filled: int = FILLED
 
     @property
     def steps(self) -> int:
-        return MICRO_BATCHES // self.workers
+        return self.micro_batches // self.workers
 
     @property
     def momentum(self) -> float:
@@ -58,7 +62,7 @@ class Cell:
     @property
     def block_steps(self) -> int:
         """About 50, but fewer where the filter would not fill."""
-        return max(1, min(50, int(self.steps * (1 - self.momentum) / FILLED)))
+        return max(1, min(50, int(self.steps * (1 - self.momentum) / self.filled)))
 
     @property
     def is_blockwise(self) -> bool:
@@ -104,15 +108,20 @@ class Cell:
         }
 
 
-def list_cells(workers: list[int]) -> list[Cell]:
+def list_cells(options: argparse.Namespace) -> list[Cell]:
     """One worker has nobody to share with: BMUF is plain SGD there, and two tiers are GTC."""
-    cells = []
-    for number in workers:
-        cells += [Cell("exact", number), Cell("gtc", number)]
-        if number > 1:
-            group_size = round(number**0.5)
-            cells += [Cell("bmuf", number), Cell("two-tiers", number, group_size)]
-    return cells
+    return [
+        Cell(
+            method,
+            workers,
+            round(workers**0.5) if method == "two-tiers" else 1,
+            options.micro_batches,
+            options.filled,
+        )
+        for workers in options.workers
+        for method in options.methods
+        if workers > 1 or method in ("exact", "gtc")
+    ]
 
 
 class Runs:
@@ -219,8 +228,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--folder", type=Path, default=ROOT / "experiments/methods")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--micro-batches", type=int, default=MICRO_BATCHES)
+    parser.add_argument(
+        "--filled", type=int, default=FILLED, help="times 1 / (1 - momentum): blocks, at least"
+    )
     options = parser.parse_args()
-    runs, cells = Runs(options.folder), list_cells(options.workers)
+    runs, cells = Runs(options.folder), list_cells(options)
     runs.prepare(CHOICE_SEED, itertools.product(cells, EXPONENTS))
     with ThreadPoolExecutor(JOBS) as pool:
         chosen = dict(zip(cells, pool.map(runs.choose_exponent, cells), strict=True))

@@ -166,6 +166,17 @@ class Source:
             return Position(position.epoch + 1, 0)
         return Position(position.epoch, consumed)
 
+    def take_first(self, num_shards: int) -> "Source":
+        """Of the first shards alone.
+
+        Raises ValueError where there are not so many, or no utterance is in them.
+        """
+        if not 0 < num_shards <= self.table.num_shards:
+            raise ValueError(
+                f"schedule.machine_shards = {num_shards}: source {self.name!r} has {self.table.num_shards} shards"
+            )
+        return self._part(self.name, self.table.replace({}, num_shards), self._parts)
+
     def hold_out(self, num_utterances: int, warns: bool = True) -> tuple["Source", "Source"]:
         """What is left to train on, and so many utterances for validation: the first ones of the first shards.
 

@@ -33,10 +33,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over the frames of one part: its loss before any weight, and the errors where they can be told."""
+    """Sums over the frames of one part: its loss before any weight, and the frames whose best senone is wrong."""
 
     loss: float
-    errors: int | None
+    errors: int
     num_frames: int
 
 

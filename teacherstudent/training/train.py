@@ -219,7 +219,7 @@ def _measure(worker: _Worker, name: str, source: Source, reader: BatchReader) ->
     for _, batch in reader.read(Request(name, Position(0, index)) for index in mine):
         batch = batch.to(comm.device)
         loss, errors = batch_loss(worker.model(batch.features, batch.lengths), batch)
-        sums += sums.new_tensor([float(loss), errors or 0, batch.num_frames])
+        sums += sums.new_tensor([float(loss), errors, batch.num_frames])
     loss_sum, num_errors, num_frames = comm.all_reduce(sums).tolist()
     return loss_sum / num_frames, num_errors / num_frames
 

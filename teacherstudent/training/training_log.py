@@ -21,7 +21,7 @@ class _Sums:
 
     learning_rate: float = 0.0
     loss: float = 0.0
-    errors: int | None = 0
+    errors: int = 0
     num_frames: int = 0
     norm: float = 0.0
     num_steps: int = 0
@@ -65,9 +65,7 @@ class TrainingLog:
             sums.learning_rate = portion.learning_rate
             if part.num_frames:
                 sums.loss += part.loss
-                sums.errors = (
-                    None if part.errors is None or sums.errors is None else sums.errors + part.errors
-                )
+                sums.errors += part.errors
                 sums.num_frames += part.num_frames
                 sums.norm += norm
                 sums.num_steps += 1
@@ -92,7 +90,7 @@ class TrainingLog:
                     "step": step,
                     "source": source,
                     "loss": sums.loss / sums.num_frames,
-                    "frame_error": _percentage(sums.errors, sums.num_frames),
+                    "frame_error": 100 * sums.errors / sums.num_frames,
                     "gradient_norm": sums.norm / sums.num_steps,
                     "learning_rate": sums.learning_rate,
                     "hours": sum(hours.values()),
@@ -112,7 +110,3 @@ class TrainingLog:
             for name, value in line.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(f"{name}/{line.get('source', 'all')}", value, line["step"])
-
-
-def _percentage(errors: int | None, num_frames: int) -> float | None:
-    return None if errors is None else 100 * errors / num_frames

@@ -114,6 +114,8 @@ def _open_sources(
         try:
             frames = plan.batch_frames(name, batch_frames)
             sources[name] = open_source(experiment, name, network, frames, loss)
+            if name == MACHINE_SOURCE and plan.schedule.machine_shards:
+                sources[name] = sources[name].take_first(plan.schedule.machine_shards)
         except ValueError as error:
             part = HUMAN if name == HUMAN_SOURCE else UNLABELLED
             raise ValueError(
