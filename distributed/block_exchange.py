@@ -8,7 +8,7 @@ Interspeech 2014; on both ways: H. Tang et al., "DoubleSqueeze", ICML 2019).
 # N ranks, n elements of a buffer, s share of a rank (N·w/W)
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,8 @@ INT8_CHUNK_ELEMENTS = 256  # share one scale
 class Exchange:
     """Exchanges buffers as they are, in their own dtype."""
 
+    keeps_nothing_back = True  # a buffer may be averaged part by part, wherever its parts lie
+
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
         # What this rank has sent, which a checkpoint holds; a reduction works on copies, and may be over before
@@ -39,10 +41,16 @@ class Exchange:
         With share 0 the buffers' contents, finite or not, do not count.
         """
         for update in updates:
-            weigh(update, share)
-            for chunk in update.split(CHUNK_ELEMENTS):
-                self.comm.all_reduce(chunk)
-            update.div_(self.comm.size)
+            self.average_parts([update], share)
+
+    def average_parts(self, parts: list[Tensor], share: float) -> None:
+        """The same for a buffer whose parts (flat, of one dtype) lie in different places."""
+        for chunk in cut(parts, CHUNK_ELEMENTS):
+            joined = torch.cat(chunk)
+            weigh(joined, share)
+            self.comm.all_reduce(joined)
+            for part, mean in zip(chunk, joined.div_(self.comm.size).split([len(part) for part in chunk])):
+                part.copy_(mean)
 
     def start(self, updates: list[Tensor], share: float) -> None:
         """As `average`, with the result from `finish`. `updates` must be left alone from here on."""
@@ -89,6 +97,8 @@ class CompressedExchange(Exchange):
 
     All ranks decode the same bytes, and so agree bit for bit on every transport.
     """
+
+    keeps_nothing_back = False
 
     def __init__(self, comm: Communicator, buffers: list[Tensor], wire: "Wire") -> None:
         super().__init__(comm)
@@ -241,6 +251,22 @@ def make_exchange(comm: Communicator, buffers: list[Tensor], wire: str) -> Excha
     """For buffers like these; one rank alone has nothing to exchange, and rounds nothing."""
     chosen = WIRES[wire]
     return Exchange(comm) if chosen is None or comm.size == 1 else CompressedExchange(comm, buffers, chosen)
+
+
+def cut(parts: Iterable[Tensor], num_elements: int) -> Iterator[list[Tensor]]:
+    """Flat tensors, laid end to end and cut every `num_elements`, as views."""
+    chunk: list[Tensor] = []
+    room = num_elements
+    for part in parts:
+        while len(part):
+            taken, part = part[:room], part[room:]
+            chunk.append(taken)
+            room -= len(taken)
+            if not room:
+                yield chunk
+                chunk, room = [], num_elements
+    if chunk:
+        yield chunk
 
 
 def slices_of(buffer: Tensor, size: int) -> list[Tensor]:

@@ -2,11 +2,12 @@
 # W global weights, Δ filtered update, η block momentum, ζ block learning rate, G mean update of a block
 # n elements of a bucket
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from teacherstudent.distributed.flat import Bucket
+from teacherstudent.distributed.flat import Bucket, all_pieces
 
 
 class BlockFilter:
@@ -34,6 +35,30 @@ class BlockFilter:
                     self._start_of(number, piece.start, piece.stop)
                 )
         return updates
+
+    def each_update(self) -> Iterator[Tensor]:
+        """The same of one parameter after another, each flat, so that no buffer is as large as the model."""
+        for number, bucket in enumerate(self.buckets):
+            for piece in bucket.pieces:
+                yield piece.parameter.reshape(-1) - self._start_of(number, piece.start, piece.stop)
+
+    def can_lend(self) -> bool:
+        return all(piece.parameter.is_contiguous() for piece in all_pieces(self.buckets))
+
+    def lend(self) -> list[list[Tensor]]:
+        """The parameters of each bucket, flat, made to hold W_rank − W_start: no memory beside the model's."""
+        for number, bucket in enumerate(self.buckets):
+            for piece in bucket.pieces:
+                piece.parameter.view(-1).sub_(self._start_of(number, piece.start, piece.stop))
+        return [[piece.parameter.view(-1) for piece in bucket.pieces] for bucket in self.buckets]
+
+    def apply_lent(self) -> None:
+        """As apply, with the mean updates in the parameters."""
+        for bucket, weights, update in zip(self.buckets, self.weights, self.update):
+            update.mul_(self.momentum)
+            for piece in bucket.pieces:
+                update[piece.start : piece.stop].add_(piece.parameter.view(-1), alpha=self.lr)
+            weights.add_(update)
 
     def apply(self, means: list[Tensor]) -> None:
         """Δ ← ηΔ + ζG; W ← W + Δ."""

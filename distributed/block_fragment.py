@@ -29,18 +29,32 @@ class Fragment:
         self.own: list[Tensor] | None = None
         self._next_is_ahead = False
 
-    def end_block(self, updates: list[Tensor], share: float, ahead: bool) -> int:
+    def end_block(self, share: float, ahead: bool) -> int:
         """Average, filter, and start the next block; returns how often the guard of the local state has acted."""
         end = BlockEnd(share, was_ahead=self.filter.is_ahead, is_ahead=ahead)
-        self.exchange.average(updates, share)
-        self.filter.apply(updates)
+        if self.exchange.keeps_nothing_back and self.filter.can_lend():
+            self._average_in_place(share)
+        else:
+            updates = self.filter.own_updates()
+            self.exchange.average(updates, share)
+            self.filter.apply(updates)
         self.filter.start_block(ahead)
         return self.local.end_block(end)
 
-    def end_block_later(self, updates: list[Tensor], share: float, ahead: bool) -> int:
+    def _average_in_place(self, share: float) -> None:
+        """Without a buffer of the model's size. After an error the model is at the block's start, W as it was."""
+        try:
+            for parts in self.filter.lend():
+                self.exchange.average_parts(parts, share)
+        except BaseException:
+            self.filter.start_block(self.filter.is_ahead)
+            raise
+        self.filter.apply_lent()
+
+    def end_block_later(self, share: float, ahead: bool) -> int:
         """As end_block, with the exchange under way until `merge`. Training may go on meanwhile."""
         self.own, self._next_is_ahead = self.filter.read_own(), ahead
-        self.exchange.start(updates, share)
+        self.exchange.start(self.filter.own_updates(), share)
         return self.local.end_block(BlockEnd(share, was_ahead=self.filter.is_ahead, is_ahead=ahead))
 
     def merge(self) -> None:

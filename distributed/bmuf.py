@@ -258,8 +258,7 @@ class BMUF(DistributedOptimizer):
         return True
 
     def _close_block(self, fragment: Fragment, ahead: bool, later: bool) -> None:
-        updates = fragment.filter.own_updates()
-        verdict = self._decide(self._report(fragment, updates))
+        verdict = self._decide(self._report(fragment))
         if self.comm.rank in verdict.left_out:
             self._start_again()
         fragment.tally = Tally()
@@ -270,14 +269,14 @@ class BMUF(DistributedOptimizer):
             return
         end_block = fragment.end_block_later if later else fragment.end_block
         with self._exchanging():
-            num_guarded = end_block(updates, verdict.shares[self.comm.rank], ahead)
+            num_guarded = end_block(verdict.shares[self.comm.rank], ahead)
         self._counters["moments_guarded"] += num_guarded
         self._counters["blocks"] += 1
 
-    def _report(self, fragment: Fragment, updates: list[Tensor]) -> Report:
+    def _report(self, fragment: Fragment) -> Report:
         problem = self._problem or self._untrained.find_problem()
         findings = (
-            stay_finite(updates, self.comm.size),
+            all(stay_finite([update], self.comm.size) for update in fragment.filter.each_update()),
             fragment.local.is_finite(),
             bool(problem) or self._untrained.is_finite(),
         )

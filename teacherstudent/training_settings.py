@@ -59,7 +59,8 @@ class Schedule(Section):
     validate_every_steps: Count = 500  # a sub-epoch
     # Of the machine-labelled, where they are trained on: the first ones, kept for validation. See Source.hold_out.
     held_out_utterances: Natural = 0
-    stop_after_validations: Natural = 0  # so many without a lower frame error end the training; 0: none does
+    # So many without a lower frame error end the training; 0: none does. Sequential: none of the first source's counts.
+    stop_after_validations: Natural = 0
     average_models: Natural = (
         0  # of so many validations, in averaged.pt: the mean of their weights; 0: not made
     )

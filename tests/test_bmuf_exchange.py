@@ -168,10 +168,10 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def test_the_plain_way_holds_three_buffers_of_the_models_size_and_a_few_pieces(
+def test_the_plain_way_holds_two_buffers_of_the_models_size_and_a_few_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """W, Δ and one to work in; a reduction's pieces, and one parameter's start."""
+    """W and Δ; a reduction's pieces, and one parameter's start and update."""
     num_elements, largest, chunk = 16 * 4096, 4096, 2048
     monkeypatch.setattr(block_exchange, "CHUNK_ELEMENTS", chunk)
 
@@ -189,7 +189,66 @@ def test_the_plain_way_holds_three_buffers_of_the_models_size_and_a_few_pieces(
         return live.most / 4  # elements
 
     for most in in_process(2, work):
-        assert 3 * num_elements <= most <= 3 * num_elements + largest + 8 * chunk
+        assert 2 * num_elements <= most <= 2 * num_elements + 2 * largest + 8 * chunk
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(1, 12))
+def test_tensors_are_cut_as_if_they_lay_end_to_end(sizes: list[int], num_elements: int) -> None:
+    flat = torch.arange(sum(sizes))
+    chunks = [torch.cat(chunk) for chunk in block_exchange.cut(flat.split(sizes), num_elements)]
+    wanted = list(flat.split(num_elements)) if sum(sizes) else []
+    assert len(chunks) == len(wanted)
+    assert all(torch.equal(*pair) for pair in zip(chunks, wanted))
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["classical", "nesterov"])
+def test_parameters_that_are_laid_out_otherwise_are_filtered_alike(nesterov: bool) -> None:
+    """They cannot lend their memory to the exchange."""
+
+    def train(comm: Communicator, values: Tensor) -> Tensor:
+        parameter = torch.nn.Parameter(values)
+        inner = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        optimizer = BMUF(inner, comm, block_steps=3, nesterov=nesterov)
+        for step in range(10):
+            parameter.grad = gradient_of(comm.rank, step, parameter.detach().reshape(-1)).view(5, 6)
+            optimizer.step(weight=1 + comm.rank)
+        return parameter.detach().clone(memory_format=torch.contiguous_format)
+
+    initial = make_parameter().detach().view(5, 6)
+    plain = in_process(3, lambda comm: train(comm, initial.clone()))
+    turned = in_process(3, lambda comm: train(comm, initial.t().contiguous().t()))
+    assert all(torch.equal(*pair) for pair in zip(plain, turned, strict=True))
+
+
+def test_after_an_exchange_that_failed_the_model_is_at_the_block_s_start_and_the_filter_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(block_exchange, "CHUNK_ELEMENTS", 8)
+
+    def work(comm: Communicator) -> None:
+        parameter = make_parameter()
+        optimizer = BMUF(torch.optim.SGD([parameter], lr=0.1), comm, block_steps=3, nesterov=False)
+        for step in range(3):
+            give_step(optimizer, parameter, comm.rank, step)
+        start, reduce = parameter.detach().clone(), comm.all_reduce
+
+        def fail_in_the_second_chunk(tensor: Tensor, *options: str) -> Tensor:
+            if tensor.dtype == torch.float64 and bool(started):
+                raise TimeoutError("rank 1 is late")
+            started.extend([True] * (tensor.dtype == torch.float64))
+            return reduce(tensor, *options)
+
+        started: list[bool] = []
+        comm.all_reduce = fail_in_the_second_chunk  # type: ignore[method-assign]
+        with pytest.raises(TimeoutError, match="rank 1 is late"):
+            for step in range(3, 6):
+                give_step(optimizer, parameter, comm.rank, step)
+        assert started
+        assert torch.equal(parameter, start)
+        assert torch.equal(global_weights_of(optimizer, parameter), start)
+
+    in_process(2, work)
 
 
 # ---- fragments ------------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_a_training_stops_when_no_validation_was_better_for_long(tmp_path: Path,
         if min(errors[number - 1 : number + 1]) >= min(errors[: number - 1])
     ]
     assert ends[0] < len(errors) - 2, "or nothing is tested"
-    stopping = scheduled(tmp_path / "stopping", method, rate=8.0, stop_after_validations=2)
+    stopping = scheduled(tmp_path / "stopping", method, rate=8.0, stop_after_validations=2, average_models=1)
     ranks = run(stopping)
     log = read_log(stopping.folder)
     assert log[-1] == {
@@ -219,18 +219,23 @@ def test_a_training_stops_when_no_validation_was_better_for_long(tmp_path: Path,
     }
     assert [line["dev_frame_error"] for line in log if "dev_loss" in line] == errors[: ends[0] + 1]
     assert {sum(map(len, taken.values())) for taken in ranks} == {log[-1]["step"]}
-    states = [
-        checkpoint.load(stopping.checkpoints / f"step{log[-1]['step']}.rank{rank}.pt")["weights"]
-        for rank in range(2)
-    ]
-    final = checkpoint.load(stopping.folder / "final.pt")
-    assert all(
-        torch.equal(state[name], value) for state in states for name, value in final["weights"].items()
-    )
+    final, validated = (checkpoint.load(stopping.folder / f"{name}.pt") for name in ("final", "averaged"))
+    assert all(torch.equal(validated["weights"][name], value) for name, value in final["weights"].items())
     assert final["provenance"]["step"] == log[-1]["step"]
     before = contents(stopping.folder)
     assert sum(map(len, run(stopping)[0].values())) == 0  # started again, it stays where it stopped
     assert contents(stopping.folder) == before
+
+
+def test_one_source_after_the_other_is_not_stopped_before_the_other_has_come(tmp_path: Path) -> None:
+    run(scheduled(tmp_path, rate=8.0, mode="sequential", stop_after_validations=1))
+    lines = read_log(tmp_path)
+    [stopped] = [line["step"] for line in lines if "stopped" in line]
+    assert "human" in {line["source"] for line in lines if "loss" in line}
+    num_machine = scheduled(tmp_path, mode="sequential").plan.num_steps(MACHINE)
+    errors = [line["dev_frame_error"] for line in lines if "dev_loss" in line and line["step"] <= num_machine]
+    assert any(later >= earlier for earlier, later in itertools.pairwise(errors)), "or nothing is tested"
+    assert stopped > num_machine
 
 
 def test_a_training_that_gets_better_is_not_stopped(tmp_path: Path) -> None:

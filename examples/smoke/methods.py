@@ -11,23 +11,14 @@ not trained again; other --methods, --micro-batches or --filled want another --f
 """
 
 import argparse
-import itertools
-import json
 import statistics
-import subprocess
-import sys
-import tomllib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tomli_w
+from experiments import EXPONENTS, JOBS, ROOT, Experiments, Tables, climb
 
-ROOT = Path(__file__).parent.parent.parent
-CONFIG = ROOT / "examples/smoke/smoke.toml"
 CHOICE_SEED = 0
 CHOICE_SPLIT, SPLIT = 3, 4  # of the speakers: for choices, and for the table
 METHODS = ("exact", "gtc", "bmuf", "two-tiers")
@@ -35,9 +26,7 @@ MICRO_BATCHES, BATCH_FRAMES, VALIDATIONS = 6144, 240, 4
 MOST_MOMENTUM = 1 - 1 / 16  # 64 workers' own, 1 - 1/64, would need 192 blocks, more than there are steps
 NETWORK = {"layers": 2, "cells": 64, "dropout": 0.0}  # smaller than smoke.toml's: there are many trainings
 FIRST_EXPONENT = {"exact": 0, "gtc": 0, "bmuf": -2, "two-tiers": -1}  # where the search of a rate begins
-EXPONENTS = range(-7, 5)  # the grid: 2 ** exponent
 FILLED = 3  # times 1 / (1 - momentum): so many blocks a run has at least, or the filter never fills
-JOBS = 2
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class Cell:
         """Of its student."""
         return f"{self.method}-n{self.workers}-r{exponent - EXPONENTS.start}"
 
-    def variant(self, exponent: int) -> dict[str, Any]:
+    def variant(self, exponent: int) -> Tables:
         """Its student, as a table of the configuration."""
         schedule = {
             "mode": "interleaved",
@@ -124,84 +113,24 @@ def list_cells(options: argparse.Namespace) -> list[Cell]:
     ]
 
 
-class Runs:
-    """The experiments in a folder, one a seed."""
+def choose_exponent(runs: Experiments, cell: Cell) -> tuple[int, int]:
+    """Of its learning rate, and how many were tried."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.num_tried = 0
-        self.frame_error = cache(self._frame_error)
+    def frame_error(exponent: int) -> float:
+        return runs.frame_error(cell.name(exponent), CHOICE_SEED)
 
-    def prepare(self, seed: int, students: Iterable[tuple[Cell, int]]) -> None:
-        """The configuration with its students, and all that comes before them."""
-        tables = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
-        tables |= {"seed": seed, "folder": str(self.folder / f"seed{seed}")}
-        tables["corpus"]["split"] = CHOICE_SPLIT if seed == CHOICE_SEED else SPLIT
-        tables["student"]["variants"] = {
-            cell.name(exponent): cell.variant(exponent) for cell, exponent in students
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._config(seed).write_text(tomli_w.dumps(tables), encoding="utf-8")
-        for step in ("corpus", "prepare", "align", "senones", "teacher", "label"):
-            self._call(seed, step)
-
-    def _config(self, seed: int) -> Path:
-        return self.folder / f"seed{seed}.toml"
-
-    def _frame_error(self, cell: Cell, exponent: int, seed: int = CHOICE_SEED) -> float:
-        """The lowest on the development speakers, trained first if need be; infinite where training diverges."""
-        name = cell.name(exponent)
-        done = self._call(seed, "student", f"student.only={name}", may_diverge=True)
-        self.num_tried += seed == CHOICE_SEED
-        return min(self.validations(name, seed, "dev_frame_error")) if done else float("inf")
-
-    def validations(self, name: str, seed: int, figure: str) -> list[float]:
-        """In the order in which they were made."""
-        path = self.folder / f"seed{seed}" / "students" / name / "log.jsonl"
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [line[figure] for line in lines if figure in line]
-
-    def choose_exponent(self, cell: Cell) -> int:
-        """Uphill on the grid until both neighbours are worse, or the grid ends."""
-        best = FIRST_EXPONENT[cell.method]
-        for direction in (1, -1):
-            while best + direction in EXPONENTS and self.frame_error(
-                cell, best + direction
-            ) < self.frame_error(cell, best):
-                best += direction
-        print(
-            f"{cell.workers} workers, {cell.label}: learning rate {2.0**best:g}, "
-            f"frame error {self.frame_error(cell, best):.1f} %",
-            flush=True,
-        )
-        return best
-
-    def word_error_rates(self, seed: int, chosen: dict[Cell, int]) -> dict[Cell, dict[str, float]]:
-        """Of every cell by condition: test speakers are decoded once."""
-        self._call(seed, "evaluate")
-        path = self.folder / f"seed{seed}" / "evaluate" / "results.json"
-        systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
-        return {
-            cell: {
-                name: condition["word_error_rate"]
-                for name, condition in systems[cell.name(exponent)]["conditions"].items()
-            }
-            for cell, exponent in chosen.items()
-        }
-
-    def _call(self, seed: int, step: str, *settings: str, may_diverge: bool = False) -> bool:
-        """Whether it ended well."""
-        command = [sys.executable, "-m", "teacherstudent", step, str(self._config(seed)), *settings]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode and not (may_diverge and "diverged" in done.stderr):
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-        return not done.returncode
+    best, number = climb(frame_error, FIRST_EXPONENT[cell.method])
+    print(
+        f"{cell.workers} workers, {cell.label}: learning rate {2.0**best:g}, frame error {frame_error(best):.1f} %",
+        flush=True,
+    )
+    return best, number
 
 
-def table(runs: Runs, seeds: list[int], chosen: dict[Cell, int]) -> str:
+def table(runs: Experiments, seeds: list[int], chosen: dict[Cell, int]) -> str:
     """Markdown: mean and every seed's own figure."""
-    rates = {seed: runs.word_error_rates(seed, chosen) for seed in seeds}
-    conditions = list(next(iter(rates[seeds[0]].values())))
+    systems = [runs.evaluate(seed) for seed in seeds]
+    conditions = list(next(iter(systems[0].values()))["conditions"])
     lines = [
         f"| workers | method | learning rate | dev loss | dev frame error, % | {' | '.join(conditions)} |",
         "| ---: | --- | ---: |" + " --- |" * (2 + len(conditions)),
@@ -210,7 +139,8 @@ def table(runs: Runs, seeds: list[int], chosen: dict[Cell, int]) -> str:
         name = cell.name(exponent)
         losses = [runs.validations(name, seed, "dev_loss")[-1] for seed in seeds]
         errors = [min(runs.validations(name, seed, "dev_frame_error")) for seed in seeds]
-        words = [[rates[seed][cell][condition] for seed in seeds] for condition in conditions]
+        scored = [system[name]["conditions"] for system in systems]
+        words = [[each[condition]["word_error_rate"] for each in scored] for condition in conditions]
         figures = [several(losses, 3), *(several(values, 1) for values in (errors, *words))]
         lines.append(f"| {cell.workers} | {cell.label} | {2.0**exponent:g} | {' | '.join(figures)} |")
     return "\n".join(lines)
@@ -234,13 +164,16 @@ def main() -> None:
         "--filled", type=int, default=FILLED, help="times 1 / (1 - momentum): blocks, at least"
     )
     options = parser.parse_args()
-    runs, cells = Runs(options.folder), list_cells(options)
-    runs.prepare(CHOICE_SEED, itertools.product(cells, EXPONENTS))
+    splits = dict.fromkeys(options.seeds, SPLIT) | {CHOICE_SEED: CHOICE_SPLIT}
+    runs, cells = Experiments(options.folder, splits), list_cells(options)
+    runs.prepare(CHOICE_SEED, {cell.name(e): cell.variant(e) for cell in cells for e in EXPONENTS})
     with ThreadPoolExecutor(JOBS) as pool:
-        chosen = dict(zip(cells, pool.map(runs.choose_exponent, cells), strict=True))
-        print(f"{runs.num_tried} trainings tried")
-        list(pool.map(lambda seed: runs.prepare(seed, chosen.items()), options.seeds))
-        again = [(cell, exponent, seed) for seed in options.seeds for cell, exponent in chosen.items()]
+        found = list(pool.map(lambda cell: choose_exponent(runs, cell), cells))
+        print(f"{sum(number for _, number in found)} trainings tried", flush=True)
+        chosen = {cell: best for cell, (best, _) in zip(cells, found)}
+        variants = {cell.name(best): cell.variant(best) for cell, best in chosen.items()}
+        list(pool.map(lambda seed: runs.prepare(seed, variants), options.seeds))
+        again = [(name, seed) for seed in options.seeds for name in variants]
         list(pool.map(lambda training: runs.frame_error(*training), again))
     print(f"\nmean (seeds {', '.join(map(str, options.seeds))}); word error rates in %\n")
     print(table(runs, options.seeds, chosen))

@@ -8,15 +8,13 @@ speakers; SETTINGS_TRIED counts how many. Runs that are there are not run again.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from scipy import stats
+from experiments import CONFIG, ROOT, interval
 
 SETTINGS_TRIED = 58  # 49 trainings of students, 7 of teachers, 2 rules for the best model
-ROOT = Path(__file__).parent.parent.parent
 Results = dict[str, dict]  # of one run, by system
 
 
@@ -28,18 +26,11 @@ def run(seed: int, split: int, folder: Path) -> Results:
         "-m",
         "teacherstudent",
         "run",
-        str(ROOT / "examples/smoke/smoke.toml"),
+        str(CONFIG),
         *settings,
     ]
     subprocess.run(command, check=True, cwd=ROOT)
     return json.loads((folder / "evaluate" / "results.json").read_text(encoding="utf-8"))["systems"]
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % Student interval over runs."""
-    mean = statistics.mean(values)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
 
 
 def word_error_rates(runs: list[Results], system: str, condition: str) -> list[float]:

@@ -5,7 +5,7 @@
     targets/numeric_mode.json           what the whole store is computed in
     targets/skipped.jsonl, report.json  what was left out in all; written at the end
     targets/shard_table.npy             how long the utterances of each shard are (shard_table.py); likewise
-    targets-human/                      the same of the human-labelled part, with label.human = true
+    targets-human/                      the same but the last of the human-labelled part, with label.human = true
 
 The shards without targets are a queue. Any number of workers take them: those of a launcher, and processes started by
 hand on any machine that sees the folder, which may come late, leave, and die (claims.py). A shard's bytes depend on its
@@ -98,17 +98,19 @@ def _label_part(experiment: Experiment, comm: Communicator, name: str) -> list[P
         if comm.rank == 0:
             with claims.hold("report"):
                 _report(folder, len(shards), part, settings.max_bad_share)
-                jobs = experiment.config.features.jobs
-                write_table(folder / TABLE, name, shards, open_targets(experiment, name), jobs)
+                if name == UNLABELLED:  # human-labelled speech has one that looks at its labels, too
+                    jobs = experiment.config.features.jobs
+                    write_table(folder / TABLE, name, shards, open_targets(experiment, name), jobs)
                 _clean(folder)
                 claims.sweep()
     comm.barrier(math.inf)
-    return list_outputs(folder, len(shards))
+    return list_outputs(folder, len(shards), has_table=name == UNLABELLED)
 
 
-def list_outputs(folder: Path, num_shards: int) -> list[Path]:
+def list_outputs(folder: Path, num_shards: int, has_table: bool) -> list[Path]:
     """All that belongs to a store."""
-    outputs = [folder / name for name in ("numeric_mode.json", "report.json", "skipped.jsonl", TABLE)]
+    names = ["numeric_mode.json", "report.json", "skipped.jsonl", *([TABLE] if has_table else [])]
+    outputs = [folder / name for name in names]
     for number in range(num_shards):
         path = shard_path(folder, STEM, number)
         outputs += [path, hash_path(path), _left_out_path(folder, number)]

@@ -122,6 +122,10 @@ class Plan:
         begin = schedule.machine_turn_steps if source == HUMAN else 0
         return step + (begin - step) % (schedule.machine_turn_steps + schedule.human_turn_steps)
 
+    def has_met_all(self, step: int) -> bool:
+        """Whether the steps before this one have trained on every source, or were of modes that take turns."""
+        return self.schedule.mode != "sequential" or step > self._num_first
+
     def _source(self, step: int) -> SourceName:
         schedule = self.schedule
         if schedule.mode == "interleaved":

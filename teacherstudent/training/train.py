@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -87,8 +88,9 @@ class _Worker:
     def state(self) -> dict[str, Any]:
         """Of the model as it is now."""
         training, step = self.training, self.progress.step
-        provenance = dict(training.provenance) | {"step": step, "seed": training.seed}
-        return model_state(self.model, provenance)
+        mode = training.optimisation.numeric_mode
+        own = {"step": step, "seed": training.seed, "numeric_mode": mode}
+        return model_state(self.model, {**training.provenance, **own})
 
 
 def train(
@@ -133,11 +135,18 @@ def train(
             if progress.stopped:
                 break
     if comm.rank == 0:
-        checkpoint.save(training.folder / "final.pt", worker.state())
-        if progress.averaged:
-            average = model_average.average(training.checkpoints, progress.averaged)
-            checkpoint.save(training.folder / "averaged.pt", average)
+        _write_models(worker)
     comm.barrier()
+
+
+def _write_models(worker: _Worker) -> None:
+    """Final.pt, which is what was validated last, also where the training stopped inside a block; averaged.pt."""
+    training, averaged = worker.training, worker.progress.averaged
+    with worker.optimizer.global_weights():
+        checkpoint.save(training.folder / "final.pt", worker.state())
+    if averaged:
+        average = model_average.average(training.checkpoints, averaged)
+        checkpoint.save(training.folder / "averaged.pt", average)
 
 
 def _start(comm: Communicator, training: Training, sources: Mapping[str, Source]) -> _Worker:
@@ -207,7 +216,6 @@ def _validate(
     patience = worker.training.plan.schedule.stop_after_validations
     if patience and progress.num_validations_since_best >= patience and step < len(worker.training.plan):
         progress.stopped = True
-        worker.optimizer.synchronize()
         log.write({"step": step, "stopped": f"no lower frame error in {patience} validations"})
 
 
@@ -240,7 +248,8 @@ def _keep_best(worker: _Worker, frame_error: float) -> None:
     """best.pt, and what averaged.pt will be made of."""
     progress, training = worker.progress, worker.training
     schedule, writes = training.plan.schedule, worker.comm.rank == 0
-    progress.num_validations_since_best += 1
+    if training.plan.has_met_all(progress.step):  # until then the best may be still to come
+        progress.num_validations_since_best += 1
     if frame_error < progress.best_frame_error:
         progress.best_frame_error, progress.best_step = frame_error, progress.step
         progress.num_validations_since_best = 0
@@ -264,6 +273,7 @@ def _save(worker: _Worker) -> None:
         "weights": worker.model.state_dict(),
         "optimizer": worker.optimizer.state_dict(),
         "num_workers": comm.size,
+        "numeric_mode": worker.training.optimisation.numeric_mode,
     }
     checkpoint.save(folder / f"step{progress.step}.rank{comm.rank}.pt", contents)
     comm.barrier()  # only when every rank's file is there may the pointer move on
@@ -283,12 +293,18 @@ def _resume(worker: _Worker) -> None:
     if not pointer.is_file():
         return
     latest = json.loads(pointer.read_text())
-    saved_size = latest["num_workers"]
+    saved_size, mode = latest["num_workers"], worker.training.optimisation.numeric_mode
     saved_ranks = [
         checkpoint.load(pointer.parent / f"step{latest['step']}.rank{rank}.pt")
         for rank in optimizer.ranks_to_load(saved_size)
     ]
     saved = _check_progress(saved_ranks[0]["progress"], pointer.parent)
+    if comm.rank == 0 and (before := saved_ranks[0].get("numeric_mode", mode)) != mode:
+        warnings.warn(
+            f"{worker.training.name}: optimisation.numeric_mode = 'auto' was {before} up to step {latest['step']}, and "
+            f"is {mode} on these processors: the training goes on in {mode}, and ends a little differently",
+            stacklevel=2,
+        )
     # Of each worker, of as many in all.
     saved["frames"] = {name: count * saved_size // comm.size for name, count in saved["frames"].items()}
     saved["positions"] = {name: Position(**position) for name, position in saved["positions"].items()}

@@ -1,0 +1,206 @@
+"""What scheduled learning brings: machine labels by their amount, the schedule, the multiplier, the kept posteriors.
+
+    python examples/smoke/evidence.py [--seeds 3 4 5 6 7] [--folder experiments/evidence] [--quick]
+
+On the smoke experiment's corpus with ten times as much unlabelled as human-labelled speech, exact averaging, one
+worker. Every row differs from "interleaved" in one thing and has a learning rate of its own: a power of two, moved by
+a factor of two for as long as the frame error on the development speakers of seed 0, split 0, falls. All students take
+as many steps with as many frames. The table is of other seeds, each with speakers of its own (split = seed + 2), which
+no choice has seen.
+
+--quick walks the same way in minutes, on one seed, little speech and short trainings at rates that are not chosen: it
+shows that the way is whole, and nothing of the method.
+"""
+
+import argparse
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments import EXPONENTS, JOBS, ROOT, Experiments, Tables, climb, interval
+
+CHOICE_SEED = 0
+HUMAN_MINUTES, SHARD_MINUTES, TIMES = 20.0, 10.0, 10
+STEPS, BATCH_FRAMES, FIRST_EXPONENT = 1200, 1600, 0
+MAIN = "interleaved"
+DENSE = "dense"  # learns from targets of its own
+
+
+@dataclass(frozen=True)
+class Row:
+    """A student that differs from the main one in `changes`."""
+
+    name: str
+    label: str
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def student(self, exponent: int) -> str:
+        return f"{self.name}-r{exponent - EXPONENTS.start}"
+
+    def variant(self, exponent: int, quick: bool) -> Tables:
+        steps = STEPS // 8 if quick else STEPS
+        tables: Tables = {
+            "workers": 1,
+            "schedule": {"steps": steps, "warmup_steps": 30, "validate_every_steps": steps // 6},
+            "optimisation": {
+                "method": "exact",
+                "learning_rate": 2.0**exponent,
+                "batch_frames": BATCH_FRAMES,
+            },
+        }
+        for section, values in self.changes.items():
+            tables[section] = tables.get(section, {}) | dict(values)
+        return tables
+
+
+def count_shards(times: int) -> int:
+    return round(times * HUMAN_MINUTES / SHARD_MINUTES)
+
+
+ROWS = (
+    Row("human-only", "(a) human labels only", {"schedule": {"mode": "human-only"}}),
+    Row("machine-1x", "(b) 1 x machine labels", {"schedule": {"machine_shards": count_shards(1)}}),
+    Row("machine-3x", "(b) 3 x machine labels", {"schedule": {"machine_shards": count_shards(3)}}),
+    Row(MAIN, "(b) 10 x machine labels, interleaved, multiplier 2, top 20"),
+    Row("sequential", "(c) one source after the other", {"schedule": {"mode": "sequential"}}),
+    Row("mixed", "(c) sources mixed in every batch", {"schedule": {"mode": "mixed"}}),
+    Row("multiplier-1", "(d) multiplier 1", {"schedule": {"human_learning_rate_multiplier": 1.0}}),
+    Row("multiplier-4", "(d) multiplier 4", {"schedule": {"human_learning_rate_multiplier": 4.0}}),
+    Row("top-1", "(e) the best posterior alone", {"loss": {"kept": 1}}),
+    Row("top-5", "(e) the best 5", {"loss": {"kept": 5}}),
+    Row(DENSE, "(e) all posteriors"),
+)
+
+
+class Evidence:
+    """Every seed twice: with the 20 best posteriors, and, from the same teacher, with all of them."""
+
+    def __init__(self, folder: Path, quick: bool) -> None:
+        scale = 0.25 if quick else 1.0
+        corpus = {
+            "unlabelled_speakers": 32,
+            "human_minutes": scale * HUMAN_MINUTES,
+            "unlabelled_minutes": scale * TIMES * HUMAN_MINUTES,
+            "shard_minutes": scale * SHARD_MINUTES,
+        }
+        settings: dict[str, dict[str, Any]] = {
+            "corpus": corpus | ({"dev_minutes": 1.0, "test_minutes": 1.0} if quick else {}),
+            "decode": {"acoustic_scales": [0.15, 0.2, 0.3, 0.45], "beam": 12.0, "max_active": 2000}
+            | {"speed_seconds": 0.0},
+        }
+        self._quick = quick
+        splits = {seed: seed + 2 if seed != CHOICE_SEED else 0 for seed in range(1000)}
+        self._kept = Experiments(folder / "top20", splits, settings)
+        self._dense = Experiments(folder / "dense", splits, settings | {"label": {"k": 0}})
+
+    def of(self, row: Row) -> Experiments:
+        return self._dense if row.name == DENSE else self._kept
+
+    def prepare(self, seed: int, exponents: Mapping[str, list[int]]) -> None:
+        """exponents: of each row by name."""
+        variants = {
+            row.name: {row.student(e): row.variant(e, self._quick) for e in exponents[row.name]}
+            for row in ROWS
+        }
+        kept = {
+            name: table for row in ROWS if row.name != DENSE for name, table in variants[row.name].items()
+        }
+        self._kept.prepare(seed, kept, last="teacher")
+        if not self._dense.path(seed).is_dir():
+            shutil.copytree(self._kept.path(seed), self._dense.path(seed))
+        self._kept.prepare(seed, kept)
+        self._dense.prepare(seed, variants[DENSE])
+
+    def choose(self, row: Row) -> tuple[int, int]:
+        """The exponent of its learning rate, and how many were tried."""
+
+        def frame_error(exponent: int) -> float:
+            return self.of(row).frame_error(row.student(exponent), CHOICE_SEED)
+
+        best, number = climb(frame_error, FIRST_EXPONENT)
+        print(f"{row.name}: learning rate {2.0**best:g}, frame error {frame_error(best):.1f} %", flush=True)
+        return best, number
+
+    def run(self, seed: int, chosen: Mapping[str, int]) -> dict[str, dict[str, float]]:
+        """Word error rates by row, then by condition; noisy: the mean of those with noise."""
+        self.prepare(seed, {name: [exponent] for name, exponent in chosen.items()})
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(lambda row: self.of(row).frame_error(row.student(chosen[row.name]), seed), ROWS))
+        systems = self._kept.evaluate(seed)
+        systems |= self._dense.evaluate(seed, f"decode.only={ROWS[-1].student(chosen[DENSE])}")
+        return {name: _word_error_rates(system) for name, system in systems.items()}
+
+
+def _word_error_rates(system: Tables) -> dict[str, float]:
+    rates = {name: part["word_error_rate"] for name, part in system["conditions"].items()}
+    noisy = [rate for name, rate in rates.items() if name not in ("all", "clean")]
+    return {"all": rates["all"], "clean": rates["clean"], "noisy": sum(noisy) / len(noisy)}
+
+
+def table(runs: list[dict[str, dict[str, float]]], chosen: Mapping[str, int]) -> str:
+    """Markdown: word error rates, and how many fewer errors than the better human-only student of each run, and than
+    the main row.
+    """
+    conditions = list(runs[0]["teacher"])
+    head = [
+        *(f"{condition}, %" for condition in conditions),
+        *(f"fewer than human-only: {condition}, %" for condition in conditions),
+        *(f"fewer than {MAIN}: {condition}, %" for condition in conditions),
+    ]
+    lines = [f"| | learning rate | {' | '.join(head)} |", "| --- | ---: |" + " --- |" * len(head)]
+    rows = [("teacher", "(f) the teacher", "")]
+    for row in ROWS:
+        student, rate = row.student(chosen[row.name]), f"{2.0 ** chosen[row.name]:g}"
+        if row.name == "human-only":
+            rows.append((f"{student}-final", f"{row.label}, as many updates", rate))
+            rows.append((f"{student}-early", f"{row.label}, early-stopped", rate))
+        else:
+            rows.append((student, row.label, rate))
+    human_only = [system for system, _, _ in rows if "human-only" in system]
+    [main] = [row.student(chosen[MAIN]) for row in ROWS if row.name == MAIN]
+    for system, label, rate in rows:
+        figures = [interval([run[system][condition] for run in runs]) for condition in conditions]
+        for bases in (human_only, [main]):
+            for condition in conditions:
+                figures.append("" if system in bases else _fewer(runs, system, bases, condition))
+        lines.append(f"| {label} | {rate} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def _fewer(runs: list[dict[str, dict[str, float]]], system: str, bases: list[str], condition: str) -> str:
+    """Relative reduction in each run against the best of the bases on the same speech."""
+    best = [min(run[base][condition] for base in bases) for run in runs]
+    return interval([100 * (base - run[system][condition]) / base for base, run in zip(best, runs)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5, 6, 7])
+    parser.add_argument("--folder", type=Path, default=ROOT / "experiments/evidence")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    evidence = Evidence(
+        options.folder.with_name(options.folder.name + "-quick" * options.quick), options.quick
+    )
+    seeds = options.seeds[:1] if options.quick else options.seeds
+    chosen = {row.name: FIRST_EXPONENT for row in ROWS}
+    if not options.quick:
+        evidence.prepare(CHOICE_SEED, {row.name: list(EXPONENTS) for row in ROWS})
+        with ThreadPoolExecutor(JOBS) as pool:
+            found = dict(zip(chosen, pool.map(evidence.choose, ROWS), strict=True))
+        chosen = {name: best for name, (best, _) in found.items()}
+        print(f"{sum(number for _, number in found.values())} trainings tried", flush=True)
+    runs = []
+    for seed in seeds:
+        runs.append(evidence.run(seed, chosen))
+        print(
+            f"\nseeds {seeds[: len(runs)]}; mean [95 % interval over runs]\n\n{table(runs, chosen)}\n",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
