@@ -10,7 +10,7 @@ EXTRAS := mpi,align,decode,corpus,report,dev
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke test test-system soak check bench results clean
+.PHONY: help install smoke test test-system soak check bench results results-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,9 +46,13 @@ check: $(INSTALLED) ## lint, format, types, links
 bench: $(INSTALLED) ## every performance figure that RESULTS.md claims, as ratios in one run
 	$(BIN)/python benchmarks/bench.py
 
-results: $(INSTALLED) ## the tables of RESULTS.md: seeds 3 to 7, speaker splits 3 and 4; methods by workers (hours)
+results: $(INSTALLED) ## the tables of RESULTS.md: five seeds of what machine labels bring; methods by workers (hours)
 	$(BIN)/python examples/smoke/results.py
+	$(BIN)/python examples/smoke/evidence.py
 	$(BIN)/python examples/smoke/methods.py
+
+results-quick: $(INSTALLED) ## the way to the second of them, on little speech: its figures say nothing (minutes)
+	$(BIN)/python examples/smoke/evidence.py --quick
 
 clean: ## remove experiments and caches; the virtual environment stays
 	rm -rf experiments build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

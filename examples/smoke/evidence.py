@@ -14,7 +14,7 @@ shows that the way is whole, and nothing of the method.
 
 import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ HUMAN_MINUTES, SHARD_MINUTES, TIMES = 20.0, 10.0, 10
 STEPS, BATCH_FRAMES, FIRST_EXPONENT = 1200, 1600, 0
 MAIN = "interleaved"
 DENSE = "dense"  # learns from targets of its own
+
+Rates = dict[str, dict[str, float]]  # of a run, by system, then by condition
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Evidence:
         print(f"{row.name}: learning rate {2.0**best:g}, frame error {frame_error(best):.1f} %", flush=True)
         return best, number
 
-    def run(self, seed: int, chosen: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    def run(self, seed: int, chosen: Mapping[str, int]) -> Rates:
         """Word error rates by row, then by condition; noisy: the mean of those with noise."""
         self.prepare(seed, {name: [exponent] for name, exponent in chosen.items()})
         with ThreadPoolExecutor(JOBS) as pool:
@@ -140,37 +142,45 @@ def _word_error_rates(system: Tables) -> dict[str, float]:
     return {"all": rates["all"], "clean": rates["clean"], "noisy": sum(noisy) / len(noisy)}
 
 
-def table(runs: list[dict[str, dict[str, float]]], chosen: Mapping[str, int]) -> str:
-    """Markdown: word error rates, and how many fewer errors than the better human-only student of each run, and than
+def tables(runs: list[Rates], chosen: Mapping[str, int]) -> str:
+    """Markdown: word error rates; then how many fewer errors than the better human-only student of each run, and than
     the main row.
     """
-    conditions = list(runs[0]["teacher"])
-    head = [
-        *(f"{condition}, %" for condition in conditions),
-        *(f"fewer than human-only: {condition}, %" for condition in conditions),
-        *(f"fewer than {MAIN}: {condition}, %" for condition in conditions),
+    rows = list(_systems(chosen))
+    human_only = [system for system, _, _ in rows if system.startswith("human-only")]
+    [main] = [row.student(chosen[MAIN]) for row in ROWS if row.name == MAIN]
+    conditions = list(runs[0][main])
+    rates = [
+        f"| word error rate, % | learning rate | {' | '.join(conditions)} |",
+        "| --- | ---: |" + " --- |" * 3,
     ]
-    lines = [f"| | learning rate | {' | '.join(head)} |", "| --- | ---: |" + " --- |" * len(head)]
-    rows = [("teacher", "(f) the teacher", "")]
+    heads = [f"than {base}: {condition}" for base in ("human-only", MAIN) for condition in conditions]
+    fewer = [f"| fewer errors, % | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    for system, label, rate in rows:
+        own = [interval([run[system][condition] for run in runs]) for condition in conditions]
+        rates.append(f"| {label} | {rate} | {' | '.join(own)} |")
+        gains = [
+            "" if system in bases else _fewer(runs, system, bases, condition)
+            for bases in (human_only, [main])
+            for condition in conditions
+        ]
+        fewer.append(f"| {label} | {' | '.join(gains)} |")
+    return "\n".join([*rates, "", *fewer])
+
+
+def _systems(chosen: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
+    """Name, label and learning rate of each row of the tables."""
     for row in ROWS:
         student, rate = row.student(chosen[row.name]), f"{2.0 ** chosen[row.name]:g}"
         if row.name == "human-only":
-            rows.append((f"{student}-final", f"{row.label}, as many updates", rate))
-            rows.append((f"{student}-early", f"{row.label}, early-stopped", rate))
+            yield f"{student}-final", f"{row.label}, as many updates", rate
+            yield f"{student}-early", f"{row.label}, early-stopped", rate
         else:
-            rows.append((student, row.label, rate))
-    human_only = [system for system, _, _ in rows if "human-only" in system]
-    [main] = [row.student(chosen[MAIN]) for row in ROWS if row.name == MAIN]
-    for system, label, rate in rows:
-        figures = [interval([run[system][condition] for run in runs]) for condition in conditions]
-        for bases in (human_only, [main]):
-            for condition in conditions:
-                figures.append("" if system in bases else _fewer(runs, system, bases, condition))
-        lines.append(f"| {label} | {rate} | {' | '.join(figures)} |")
-    return "\n".join(lines)
+            yield student, row.label, rate
+    yield "teacher", "(f) the teacher", ""
 
 
-def _fewer(runs: list[dict[str, dict[str, float]]], system: str, bases: list[str], condition: str) -> str:
+def _fewer(runs: list[Rates], system: str, bases: list[str], condition: str) -> str:
     """Relative reduction in each run against the best of the bases on the same speech."""
     best = [min(run[base][condition] for base in bases) for run in runs]
     return interval([100 * (base - run[system][condition]) / base for base, run in zip(best, runs)])
@@ -197,7 +207,7 @@ def main() -> None:
     for seed in seeds:
         runs.append(evidence.run(seed, chosen))
         print(
-            f"\nseeds {seeds[: len(runs)]}; mean [95 % interval over runs]\n\n{table(runs, chosen)}\n",
+            f"\nseeds {seeds[: len(runs)]}; mean [95 % interval over runs]\n\n{tables(runs, chosen)}\n",
             flush=True,
         )
 
