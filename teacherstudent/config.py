@@ -162,6 +162,9 @@ class Config(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         marked = self.corpus.phones == "position-stress" and not (self.data.folder or self.data.human)
+        stored = self.features.storage == "stored"
+        needed = "false, since features.storage = 'stored' keeps what was drawn once; 'on-the-fly' does not"
+        require(not (self.conditions.redraw and stored), "conditions.redraw", True, needed)
         needed = "false: corpus.phones = 'position-stress' marks them already"
         require(not (self.data.word_positions and marked), "data.word_positions", True, needed)
         for name, student in self.student_variants().items():

@@ -92,6 +92,8 @@ class Conditions(Section):
     noise_folder: str = ""  # of WAV and FLAC files, at any depth; a copy with one of them added
     snr_db: tuple[Finite, ...] = (20.0, 15.0, 10.0, 5.0)  # at one of these; dev and test: a copy at each
     impulse_response_folder: str = ""  # of WAV and FLAC files; a copy reverberated by one of them
+    # Trainings hear another noise, at the same ratio, or another room in every epoch; features.storage = "on-the-fly".
+    redraw: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +103,9 @@ class Conditions(Section):
         require(1.0 not in self.speeds, "conditions.speeds", list(self.speeds), "other than 1, the original")
         needed = "one or more numbers, since there is a conditions.noise_folder"
         require(self.snr_db or not self.noise_folder, "conditions.snr_db", [], needed)
+        needed = "false, since there is no conditions.noise_folder or impulse_response_folder to draw from"
+        drawn_from = self.noise_folder or self.impulse_response_folder
+        require(drawn_from or not self.redraw, "conditions.redraw", True, needed)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,33 @@
-"""A function over many items in spawned processes, results in order."""
+"""A function over many items in spawned processes, results in order; the threads that a process computes in."""
 
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
+
+import torch
 
 _GUARD = 'a script that starts processes needs `if __name__ == "__main__":` around what it does'
 _function: Callable[[Any], Any] | None = None  # of this process, where it is one of a ProcessMap's
 _failure: Exception | None = None  # why it could not be made
+
+
+@contextmanager
+def compute_threads(number: int) -> Iterator[None]:
+    """Torch computes in so many threads inside the block: last bits depend on it."""
+    before = torch.get_num_threads()
+    if before == number:  # workers of this process have one each, and share the setting
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class ProcessMap:

@@ -36,6 +36,9 @@ class Shard(dict[str, dict[str, np.ndarray]]):
         """Of features or labels."""
         return np.array([len(next(iter(arrays.values()))) for arrays in self.values()], np.int64)
 
+    def in_epoch(self, epoch: int) -> "Shard":
+        return self
+
 
 def make_shards(sizes: Sizes) -> tuple[list[Shard], list[Shard]]:
     """Features and labels: utterance number n of the source has features of n everywhere, and senone n."""

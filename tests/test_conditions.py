@@ -14,7 +14,7 @@ from lhotse.supervision import AlignmentItem
 from tiny_audio import RATE, make_cut, write_audio
 
 from teacherstudent.config import Conditions, Features
-from teacherstudent.data.conditions import Sound, Sounds, apply_condition, make_copies
+from teacherstudent.data.conditions import Sound, Sounds, apply_condition, draw_anew, make_copies
 from teacherstudent.data.extraction import Extractor, Unusable, choose_audio
 from teacherstudent.data.manifests import original_of, speaker_of
 
@@ -176,3 +176,24 @@ def test_folders_of_sounds_are_looked_at_first(folder: Path, setting: str) -> No
             (folder / path / "a.wav").write_bytes(b"not audio")
         with pytest.raises(ValueError, match=f"conditions.{setting}.*{words}"):
             Sounds.find(Conditions(**{setting: str(folder / path)}))
+
+
+def test_a_copy_drawn_anew_is_another_in_every_epoch_and_the_same_whoever_asks(folder: Path) -> None:
+    conditions = settings_of(folder, impulse_response_folder=str(folder / "rooms"), speeds=(0.9,))
+    write_audio(folder / "rooms" / "hall.wav", make_response(np.random.default_rng(5)))
+    sounds = Sounds.find(conditions)
+    cut = make_cut(folder, "u", SPEECH)
+    fast, noisy, reverberated = make_copies(cut, conditions, sounds, False, 3)
+    for same in (cut, fast):
+        assert draw_anew(same, sounds, 3, 4) is same
+    assert draw_anew(noisy, sounds, 3, 0) is noisy
+    drawn = [draw_anew(noisy, sounds, 3, epoch) for epoch in range(1, 30)]
+    assert drawn == [draw_anew(noisy, sounds, 3, epoch) for epoch in range(1, 30)]
+    added = [each.custom["copy_of"]["added_noise"] for each in drawn]
+    assert len({(each["sound"], each["offset_seconds"]) for each in added}) == len(added)
+    assert {each["sound"] for each in added} == {sound.path for sound in sounds.noises}
+    assert {each["snr_db"] for each in added} == {noisy.custom["copy_of"]["added_noise"]["snr_db"]}
+    assert {(each.id, each.duration, original_of(each)) for each in drawn} == {(noisy.id, cut.duration, "u")}
+    rooms = {draw_anew(reverberated, sounds, 3, e).custom["copy_of"]["reverberation"] for e in range(1, 30)}
+    assert rooms == {"room.wav", "hall.wav"}
+    assert not np.array_equal(listen(drawn[0], folder, conditions), listen(drawn[1], folder, conditions))

@@ -258,6 +258,7 @@ def test_overrides_may_follow_an_option(toml: Path, capsys: pytest.CaptureFixtur
         "label.chunk_frames=0",
         "label.max_bad_share=1.5",
         "label.lease_seconds=0",
+        "conditions.redraw=true",  # nothing to draw from
         "decode.acoustic_scales=[]",
         "decode.bootstrap_samples=0",
     ],
@@ -302,3 +303,11 @@ def test_masks_that_are_wider_than_the_features_are_refused_before_anything_runs
         message = refusal(toml, fewer, f"{where}.optimisation.masking.frequency_masks=1")
         name = f"{where}.optimisation.masking.frequency_mask_mels"
         assert f"{name} = 12: it must be at most features.num_mels, which is 10" in message
+
+
+def test_what_is_stored_cannot_be_drawn_anew(toml: Path) -> None:
+    toml.write_text('[conditions]\nredraw = true\nnoise_folder = "noises"\n')
+    assert "conditions.redraw = True: it must be false, since features.storage = 'stored'" in refusal(
+        toml, "seed=1"
+    )
+    assert load(toml, ["features.storage=on-the-fly"]).conditions.redraw

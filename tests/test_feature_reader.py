@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from teacherstudent.data.manifests import PARTS
 from teacherstudent.data.packed import open_shards
 from teacherstudent.data.prepare import prepare
 from teacherstudent.experiment import Experiment
+from teacherstudent.files import write_json
 
 
 @pytest.fixture
@@ -49,6 +51,45 @@ def prepared(data: Path, name: str = "experiment", **settings: object) -> Experi
     experiment = open_experiment(data, name, **settings)  # type: ignore[arg-type]
     prepare(experiment)
     return experiment
+
+
+def bytes_of(shard: FeatureShard) -> dict[str, bytes]:
+    return {name: arrays["values"].tobytes() for name, arrays in shard}
+
+
+def test_a_training_hears_copies_in_other_noise_in_every_epoch_and_nothing_else_changes(
+    data: Path, conditions: Conditions
+) -> None:
+    kept = prepared(data, "kept", conditions=conditions, storage="on-the-fly")
+    drawing = replace(conditions, redraw=True)
+    drawn = prepared(data, "drawn", conditions=drawing, storage="on-the-fly")
+    as_prepared, shard = (open_features(experiment, "human")[0] for experiment in (kept, drawn))
+    first = bytes_of(as_prepared)
+    assert bytes_of(shard) == bytes_of(shard.in_epoch(0)) == first == bytes_of(as_prepared.in_epoch(2))
+    second, third = (bytes_of(pickle.loads(pickle.dumps(shard.in_epoch(epoch)))) for epoch in (1, 2))
+    assert second == bytes_of(shard.in_epoch(1))
+    noisy = {name for name in shard.ids if "_snr" in name}
+    assert noisy
+    assert {name for name in shard.ids if len({first[name], second[name], third[name]}) > 1} == noisy
+    assert [len(values) for values in second.values()] == [len(values) for values in first.values()]
+
+
+def test_what_cannot_be_drawn_sounds_as_it_was_prepared_and_that_is_told(
+    data: Path, conditions: Conditions
+) -> None:
+    drawing = replace(conditions, redraw=True, speeds=())
+    experiment = prepared(data, "drawn", conditions=drawing, storage="on-the-fly")
+    shard = open_features(experiment, "human")[0]
+    wanted = bytes_of(shard)
+    write_json(
+        experiment.path("features", "sounds.json"),
+        {
+            "noises": [{"path": "gone.wav", "seconds": 9.0}],
+            "impulse_responses": [{"path": "r.wav", "seconds": 1}],
+        },
+    )
+    with pytest.warns(UserWarning, match=r"redraw: \S+_snr\S+ in epoch 1: the condition cannot be made"):
+        assert bytes_of(open_features(experiment, "human")[0].in_epoch(1)) == wanted
 
 
 @pytest.mark.parametrize("normalisation", ["global", "speaker", "causal"])

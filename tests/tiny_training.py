@@ -30,6 +30,9 @@ class Shard(dict[str, dict[str, np.ndarray]]):
         """Of features or labels."""
         return np.array([len(next(iter(arrays.values()))) for arrays in self.values()], np.int64)
 
+    def in_epoch(self, epoch: int) -> "Shard":
+        return self
+
 
 def make_source(name: str, num_utterances: int = 7, batch_frames: int = 30, nan: bool = False) -> Source:
     """Senones that can be read from the features; in the machine's, two of them are likely."""

@@ -11,16 +11,19 @@ A copy is a lhotse cut of the original's audio whose custom fields say what is d
 The signal-to-noise ratio is that of the mean squares of the whole utterance and of the noise under it, as in lhotse's
 mix(snr=…). Noise that is too short is repeated. Reverberation is lhotse's: the response's strongest sample falls on
 the utterance's own time, so alignments stay true, and the power stays what it was. Which sound, where in it and at
-which ratio is drawn from the seed and the utterance's id alone.
+which ratio is drawn from the seed and the utterance's id alone; with conditions.redraw a training draws the sound and
+where in it anew in every epoch, from the epoch's number as well.
 
 # N samples
 """
 
+import json
 import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lhotse import MonoCut, Recording
@@ -57,6 +60,12 @@ class Sounds:
             _find(settings.noise_folder, "noise_folder"),
             _find(settings.impulse_response_folder, "impulse_response_folder"),
         )
+
+    @classmethod
+    def load(cls, path: Path) -> "Sounds":
+        """Those that `prepare` has found, from features/sounds.json."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{name: tuple(Sound(**sound) for sound in sounds) for name, sounds in found.items()})
 
 
 def list_audio(folder: Path) -> list[Path]:
@@ -97,17 +106,37 @@ def make_copies(
     if sounds.noises:
         ratios: Sequence[float] = settings.snr_db
         for snr_db in ratios if every_ratio else [float(random.choice(ratios))]:
-            sound = sounds.noises[random.integers(len(sounds.noises))]
-            room = (
-                sound.seconds - cut.duration
-            )  # where the noise is shorter it is repeated from any place in it
-            offset = round(float(random.uniform(0, room if room > 0 else sound.seconds)), 3)
-            added = {"sound": sound.path, "offset_seconds": offset, "snr_db": snr_db}
+            added = _draw_noise(cut, sounds, random) | {"snr_db": snr_db}
             copies.append(_copy(cut, f"snr{snr_db:g}", added_noise=added))
     if sounds.impulse_responses:
         sound = sounds.impulse_responses[random.integers(len(sounds.impulse_responses))]
         copies.append(_copy(cut, "reverb", reverberation=sound.path))
     return copies
+
+
+def _draw_noise(cut: MonoCut, sounds: Sounds, random: np.random.Generator) -> dict[str, Any]:
+    """A sound and a place in it."""
+    sound = sounds.noises[random.integers(len(sounds.noises))]
+    room = sound.seconds - cut.duration  # where the noise is shorter it is repeated from any place in it
+    offset = round(float(random.uniform(0, room if room > 0 else sound.seconds)), 3)
+    return {"sound": sound.path, "offset_seconds": offset}
+
+
+def draw_anew(cut: MonoCut, sounds: Sounds, seed: int, epoch: int) -> MonoCut:
+    """A copy with another noise, at the same ratio, or in another room; any other cut as it is.
+
+    Epoch 0 is what was prepared.
+    """
+    made = (cut.custom or {}).get(COPY_OF, {})
+    if not epoch or not ("added_noise" in made or "reverberation" in made):
+        return cut
+    random = np.random.default_rng([seed, zlib.crc32(f"conditions {cut.id}".encode()), epoch])
+    if "added_noise" in made:
+        drawn = {"added_noise": made["added_noise"] | _draw_noise(cut, sounds, random)}
+    else:
+        rooms = sounds.impulse_responses
+        drawn = {"reverberation": rooms[random.integers(len(rooms))].path}
+    return fastcopy(cut, custom=cut.custom | {COPY_OF: made | drawn})
 
 
 def _copy(cut: MonoCut, condition: str, **made: object) -> MonoCut:

@@ -10,19 +10,22 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from lhotse import MonoCut
 
 from teacherstudent.config import Conditions, Features
+from teacherstudent.data.conditions import Sounds, draw_anew
 from teacherstudent.data.dataset import audio_folder, prepared_shards
 from teacherstudent.data.extraction import Extractor, Unusable, read_cut
 from teacherstudent.data.features import Normalisation, normalise_by, normalise_causally
 from teacherstudent.data.packed import Arrays, PackedShard, count_shards, shard_path
 from teacherstudent.data.shard_sequence import ShardSequence
 from teacherstudent.experiment import Experiment
+from teacherstudent.processes import compute_threads
 
 _SHARDS_IN_MEMORY = 32  # manifests that a process keeps: twice the shards that a source shuffles together
 
@@ -71,7 +74,20 @@ def open_features(
         speakers = PackedShard(folder / "speakers.h5")
     audio = audio_folder(experiment, part)
     config = experiment.config
-    return ShardSequence(_Open(folder, audio, config.features, config.conditions, overall, speakers), count)
+    drawing = None
+    if config.conditions.redraw:
+        drawing = Drawing(experiment.path("features", "sounds.json"), config.seed)
+    opener = _Open(folder, audio, config.features, config.conditions, drawing, overall, speakers)
+    return ShardSequence(opener, count)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a training hears in an epoch: sounds drawn anew."""
+
+    sounds: Path
+    seed: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,7 @@ class _Open:
     audio: Path
     settings: Features
     conditions: Conditions
+    drawing: Drawing | None  # with conditions.redraw
     overall: Normalisation | None  # where the features are normalised before the network does
     speakers: PackedShard | None  # where that is by speaker
 
@@ -92,7 +109,7 @@ class _Open:
         if self.settings.storage == "stored":
             return PackedShard(shard_path(self.folder, "features", number))
         cuts = self.folder / f"cuts.{number:06d}.jsonl"
-        return AudioShard(cuts, self.audio, self.settings, self.conditions)
+        return AudioShard(cuts, self.audio, self.settings, self.conditions, self.drawing)
 
     def _normaliser(self, number: int) -> "Normaliser | None":
         if self.overall is None:
@@ -111,6 +128,12 @@ class FeatureShard:
 
     def __repr__(self) -> str:
         return str(self.path)
+
+    def in_epoch(self, epoch: int) -> "FeatureShard":
+        """As a training hears it then: with conditions.redraw, copies in other noise and other rooms."""
+        if not isinstance(self._raw, AudioShard):
+            return self
+        return FeatureShard(self._raw.in_epoch(epoch), self._normaliser)
 
     @property
     def ids(self) -> Sequence[str]:
@@ -141,9 +164,20 @@ class FeatureShard:
 class AudioShard:
     """Features computed from the audio of a prepared shard's cuts, at every use."""
 
-    def __init__(self, cuts: Path, audio: Path, settings: Features, conditions: Conditions) -> None:
+    def __init__(
+        self,
+        cuts: Path,
+        audio: Path,
+        settings: Features,
+        conditions: Conditions,
+        drawing: Drawing | None = None,
+    ) -> None:
         self.path, self._audio = cuts, audio
-        self._settings, self._conditions = settings, conditions
+        self._settings, self._conditions, self._drawing = settings, conditions, drawing
+
+    def in_epoch(self, epoch: int) -> "AudioShard":
+        drawing = self._drawing and replace(self._drawing, epoch=epoch)
+        return AudioShard(self.path, self._audio, self._settings, self._conditions, drawing)
 
     def _read_index(self) -> dict[str, Any]:
         return _remember_index(index_path(self.path))
@@ -161,17 +195,40 @@ class AudioShard:
         lines = _read_lines(self.path, self.path.stat().st_mtime_ns)
         if utterance_id not in lines:
             raise KeyError(f"{self.path} has no utterance {utterance_id!r}")
-        extractor = _make_extractor(self._settings, self._conditions)
         try:
-            return {"values": extractor.extract(read_cut(json.loads(lines[utterance_id])), self._audio)}
+            with compute_threads(1):  # as they would have been stored
+                return {"values": self._extract(read_cut(json.loads(lines[utterance_id])))}
         except Unusable as error:
             raise ValueError(
                 f"{self.path}: utterance {utterance_id!r}: {error}. It could be read when the features were "
                 "prepared: bring the audio back, or prepare anew"
             ) from error
 
+    def _extract(self, cut: MonoCut) -> np.ndarray:
+        extractor = _make_extractor(self._settings, self._conditions)
+        if self._drawing is not None and self._drawing.epoch:
+            drawn = draw_anew(
+                cut, _load_sounds(self._drawing.sounds), self._drawing.seed, self._drawing.epoch
+            )
+            try:
+                return extractor.extract(drawn, self._audio)
+            except Unusable as error:  # the sound is gone, or silent there
+                if drawn is cut:
+                    raise
+                place = f"{cut.id} in epoch {self._drawing.epoch}"
+                warnings.warn(
+                    f"conditions.redraw: {place}: {error}: it sounds as it was prepared",
+                    stacklevel=2,
+                )
+        return extractor.extract(cut, self._audio)
+
     def __iter__(self) -> Iterator[tuple[str, Arrays]]:
         return ((name, self[name]) for name in self.ids)
+
+
+@functools.cache
+def _load_sounds(path: Path) -> Sounds:
+    return Sounds.load(path)
 
 
 @functools.lru_cache(maxsize=_SHARDS_IN_MEMORY)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lhotse import MonoCut
 
 from teacherstudent.config import Conditions, Features
@@ -29,6 +28,7 @@ from teacherstudent.data.features import FRAME_RULE, STACKED_FRAMES, Moments, No
 from teacherstudent.data.manifests import COPY_OF, read_entries, speaker_of
 from teacherstudent.data.packed import PackedShard, PackedWriter
 from teacherstudent.files import write_json, write_text
+from teacherstudent.processes import compute_threads
 
 _UNNAMED = " "  # no speaker's name is this: speaker_of leaves no space at either end
 _BLOCK_SPEAKERS = 16
@@ -137,12 +137,8 @@ def make_shard(task: Task) -> None:
 
     Raises ValueError for ids that are used twice.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with compute_threads(1):
         _make_shard(task)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _make_shard(task: Task) -> None:

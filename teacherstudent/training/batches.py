@@ -226,15 +226,15 @@ class Source:
         if (epoch, number) not in self._windows:
             order = self._epoch(epoch).order[number * WINDOW_SHARDS : (number + 1) * WINDOW_SHARDS]
             random = self._random(epoch, number + 1)  # a seed that ends in 0 is the same without it
-            window = self._deal(order, random)
+            window = self._deal(order, random, epoch)
             ends = np.append(self._epoch(epoch).ends, 0)  # of none before the first
             assert len(window.order) == ends[number] - ends[number - 1], "as the table says"
             _keep(self._windows, (epoch, number), window)
         self._windows.move_to_end((epoch, number))
         return self._windows[epoch, number]
 
-    def _deal(self, shards: NDArray[np.int64], random: np.random.Generator) -> _Window:
-        pairs = [self._open(shard) for shard in shards.tolist() if self.table.num_utterances[shard]]
+    def _deal(self, shards: NDArray[np.int64], random: np.random.Generator, epoch: int) -> _Window:
+        pairs = [self._open(shard, epoch) for shard in shards.tolist() if self.table.num_utterances[shard]]
         counts = [len(pair.ids) for pair in pairs]
         members = np.stack(
             [np.repeat(np.arange(len(pairs)), counts), np.concatenate([np.arange(n) for n in counts])], axis=1
@@ -248,8 +248,8 @@ class Source:
             starts.append(min(starts[-1] + sizes[starts[-1]], len(sizes)))
         return _Window(pairs, members[ranked], starts, random.permutation(len(starts) - 1))
 
-    def _open(self, shard: int) -> ShardPair:
-        pair = open_pair(self.name, shard, self.features[shard], self.labels[shard])
+    def _open(self, shard: int, epoch: int = 0) -> ShardPair:
+        pair = open_pair(self.name, shard, self.features[shard].in_epoch(epoch), self.labels[shard])
         pair = pair.choose(self._parts.get(shard, slice(None)))
         if not self.table.describes(shard, pair.num_frames):
             raise ValueError(

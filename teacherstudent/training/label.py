@@ -23,7 +23,7 @@ import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +42,7 @@ from teacherstudent.distributed import Communicator
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import write_json, write_text
 from teacherstudent.posteriors import TopK
+from teacherstudent.processes import compute_threads
 from teacherstudent.progress import HoursBar, hours_bar
 from teacherstudent.settings import require
 from teacherstudent.store import STEM, TargetWriter
@@ -88,7 +89,7 @@ def _label_part(experiment: Experiment, comm: Communicator, name: str) -> list[P
         total = part.seconds * len(queue.list_missing()) / max(len(shards), 1)
         with (
             computing(mode),
-            _compute_threads(settings.threads),
+            compute_threads(settings.threads),
             Readers(_ReadBatch(shards), num_readers(experiment.config.features)) as readers,
             hours_bar(total, "label", show=comm.rank == 0) as bar,
         ):
@@ -133,16 +134,6 @@ def _num_kept(settings: Label, num_senones: int) -> int:
     needed = f"at most {num_senones}, the number of senones; 0 takes all of them"
     require(settings.k <= num_senones, "label.k", settings.k, needed)
     return settings.k or num_senones
-
-
-@contextmanager
-def _compute_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Part(NamedTuple):

@@ -23,6 +23,10 @@ class Features(Protocol):
         """(N,) frames of each utterance."""
         ...
 
+    def in_epoch(self, epoch: int) -> "Features":
+        """The same utterances as a training hears them in an epoch."""
+        ...
+
     def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]: ...
 
 
