@@ -114,24 +114,24 @@ def test_replicas_are_equal_whenever_the_workers_have_come_together(make: Callab
 
 
 def test_floating_buffers_become_the_mean_by_data_and_counts_the_largest() -> None:
-    weights = [3, 1, 0]
+    weights = [[3, 1, 0], [1, 3, 0]]  # of each block
 
     def work(comm: Communicator) -> tuple[list[float], float]:
         model = torch.nn.BatchNorm1d(2).double()
         optimizer = BMUF(torch.optim.SGD(model.parameters(), lr=0.1), comm, block_steps=2, model=model)
         found = []
-        for _ in range(2):
+        for block in range(2):
             for _ in range(2):
                 with torch.no_grad():
                     model.running_mean += comm.rank + 1.0  # type: ignore[operator]
                     model.num_batches_tracked += 1 + 5 * comm.rank  # type: ignore[operator]
                 optimizer.zero_grad()
-                optimizer.step(weight=weights[comm.rank])
+                optimizer.step(weight=weights[block][comm.rank])
             found.append(model.running_mean[0].item())  # type: ignore[index]
         return found, model.num_batches_tracked.item()  # type: ignore[operator]
 
     for found, count in in_process(3, work):
-        assert found == pytest.approx([2 * 5 / 4, 4 * 5 / 4], abs=1e-15)  # (3·1 + 1·2)/4 a step
+        assert found == pytest.approx([2 * 5 / 4, 2 * 5 / 4 + 2 * 7 / 4], abs=1e-15)  # (3·1 + 1·2)/4 a step
         assert count == 24  # of rank 1: rank 2 has seen no data
 
 
@@ -235,6 +235,23 @@ def test_a_worker_whose_buffers_are_not_finite_is_left_out_by_all(name: str) -> 
     member = {"bmuf": "rank 1", "two tiers": "group 0"}[name]
     with pytest.warns(UserWarning, match=f"{member} is left out .* its buffers are not finite"):
         assert in_process(4, work) == [1] * 4
+
+
+def test_the_buffers_of_a_worker_that_is_left_out_do_not_count() -> None:
+    def work(comm: Communicator) -> float:
+        model = torch.nn.BatchNorm1d(2).double()
+        optimizer = BMUF(torch.optim.SGD(model.parameters(), lr=0.1), comm, block_steps=2, model=model)
+        for step in range(2):
+            with torch.no_grad():
+                model.running_mean += comm.rank + 1.0  # type: ignore[operator]
+                if (comm.rank, step) == (1, 1):
+                    model.weight[0] = torch.inf
+            optimizer.zero_grad()
+            optimizer.step()
+        return model.running_mean[0].item()  # type: ignore[index]
+
+    with pytest.warns(UserWarning, match="rank 1 is left out .* its model is not finite"):
+        assert in_process(3, work) == [2 * (1 + 3) / 2] * 3
 
 
 def test_exact_averaging_leaves_buffers_that_are_not_finite_out_and_says_so() -> None:
