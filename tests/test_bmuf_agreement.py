@@ -46,6 +46,23 @@ def test_a_model_that_is_not_finite_counts_as_that_of_a_worker_without_data() ->
         assert torch.equal(weights, wanted[0])
 
 
+def test_an_update_that_is_finite_until_it_is_weighed_counts_as_one_that_is_not() -> None:
+    """A share is the number of workers at most: so many times as much must be a finite number."""
+
+    def work(comm: Communicator) -> float:
+        parameter = make_parameter(torch.float32)
+        optimizer = BMUF(torch.optim.SGD([parameter], lr=0.1), comm, block_steps=2)
+        give_step(optimizer, parameter, comm.rank, 0)
+        if comm.rank == 1:
+            parameter.detach().fill_(torch.finfo(torch.float32).max / 2)
+        give_step(optimizer, parameter, comm.rank, 1, weight=1 + 100 * comm.rank)
+        assert bool(global_weights_of(optimizer, parameter).isfinite().all())
+        return optimizer.metrics()["ranks_left_out"]
+
+    with pytest.warns(UserWarning, match="rank 1 is left out .* its model is not finite"):
+        assert in_process(3, work) == [1] * 3
+
+
 def test_every_worker_warns_of_the_one_that_is_left_out() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
