@@ -42,11 +42,12 @@ def test_an_interval_is_student_s() -> None:
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_row_of_the_evidence_is_a_valid_student_that_differs_in_one_thing(quick: bool) -> None:
-    tables = {row.student(0): row.variant(0, quick) for row in evidence.ROWS}
+    rows = (*evidence.ROWS, *evidence.WHY)
+    tables = {row.student(0): row.variant(0, quick) for row in rows}
     config = build(Config(), {"student": {"variants": tables}}, "")
     students = config.student_variants()
     [main] = [students[row.student(0)] for row in evidence.ROWS if row.name == evidence.MAIN]
-    for row in evidence.ROWS:
+    for row in rows:
         student = students[row.student(0)]
         assert (student.network, student.optimisation) == (main.network, main.optimisation)
         differing = [
@@ -55,7 +56,9 @@ def test_every_row_of_the_evidence_is_a_valid_student_that_differs_in_one_thing(
             for name, value in vars(getattr(student, section)).items()
             if value != vars(getattr(main, section))[name]
         ]
-        assert len(differing) == (row.name not in (evidence.MAIN, evidence.DENSE)), row.name
+        changed = [f"{section}.{name}" for section, values in row.changes.items() for name in values]
+        assert sorted(differing) == sorted(changed), row.name
+        assert len(changed) <= 1 + (row in evidence.WHY), row.name
 
 
 def test_fewer_errors_are_counted_against_the_better_human_only_student_of_each_run() -> None:
