@@ -10,12 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from teacherstudent.distributed.communicators import Communicator
-from teacherstudent.distributed.optimizers import (
-    gather_integers,
-    gather_texts,
-    raise_together,
-    scale_of,
-)
+from teacherstudent.distributed.gathering import gather_integers, gather_texts, raise_together
+from teacherstudent.distributed.optimizers import scale_of
 
 REQUESTS = ("stop", "checkpoint")
 # Of a rank, worse from one to the next: why it is left out.

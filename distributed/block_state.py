@@ -19,7 +19,7 @@ from torch import Tensor
 from teacherstudent.distributed.block_exchange import average_tensors
 from teacherstudent.distributed.communicators import Communicator
 from teacherstudent.distributed.flat import stay_finite
-from teacherstudent.distributed.optimizers import gather_texts
+from teacherstudent.distributed.gathering import gather_texts
 
 # torch counts steps in float32, where adding 1 ends at 2²⁴. By then there is no bias left to correct.
 MOST_STEPS = 2.0**22

@@ -183,6 +183,10 @@ class Communicator(ABC):
     def split(self, color: int) -> "Communicator":
         """A communicator of the ranks that gave the same `color`, in the present order."""
 
+    def number_of(self, rank: int) -> int:
+        """What a rank is called in messages: its number among all that were launched, also after `split`."""
+        return rank
+
     # ---- what a transport provides ------------------------------------------------------------------------
 
     @abstractmethod
@@ -286,10 +290,13 @@ class Communicator(ABC):
     def _read_description(self, header: Tensor, own: Tensor, rank: int) -> list[int]:
         dtype, num_dims, *shape = header.view(torch.int64).tolist()
         theirs, mine = shape[:num_dims], list(own.shape)
+        if not (0 <= dtype < len(_DTYPES) and 0 <= num_dims <= _MAX_DIMS):
+            raise mismatch_error(self, rank)  # the answer to another call
         if _DTYPES[dtype] != own.dtype or theirs[1:] != mine[1:] or num_dims != own.dim():
             raise ValueError(
-                f"rank {rank} sent {_DTYPES[dtype]} of shape {tuple(theirs)}, rank {self.rank} has {own.dtype} of "
-                f"shape {tuple(mine)}; only the first dimension may differ between ranks"
+                f"rank {self.number_of(rank)} sent {_DTYPES[dtype]} of shape {tuple(theirs)}, rank "
+                f"{self.number_of(self.rank)} has {own.dtype} of shape {tuple(mine)}; only the first dimension may "
+                "differ between ranks"
             )
         return theirs
 
@@ -327,11 +334,26 @@ def reduce_in_order(parts: Sequence[Tensor], op: str) -> Tensor:
     return reduced
 
 
-def late_error(rank: int, late: Sequence[int], what: str) -> TimeoutError:
-    names = ", ".join(map(str, late))
+def late_error(comm: Communicator, late: Sequence[int], what: str) -> TimeoutError:
+    names = ", ".join(str(comm.number_of(rank)) for rank in late)
     return TimeoutError(
-        f"rank {rank} waited for rank{'s' * (len(late) > 1)} {names} until the deadline passed ({what}). Look in the "
-        "log of that rank for an error or a stall, or raise timeout_seconds if it is only slow"
+        f"rank {comm.number_of(comm.rank)} waited for rank{'s' * (len(late) > 1)} {names} until the deadline passed "
+        f"({what}). Look in the log of that rank for an error or a stall, or raise timeout_seconds if it is only slow"
+    )
+
+
+def lost_error(comm: Communicator, rank: int) -> PeerLost:
+    return PeerLost(
+        rank,
+        f"rank {comm.number_of(rank)} has failed or left; its own log says why, unless it has only taken fewer steps "
+        "than the others",
+    )
+
+
+def mismatch_error(comm: Communicator, rank: int) -> ValueError:
+    return ValueError(
+        f"rank {comm.number_of(rank)} sent a message of another size than rank {comm.number_of(comm.rank)} expected; "
+        "all ranks must call the same collectives, as often, with tensors of the same size"
     )
 
 

@@ -13,7 +13,13 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from teacherstudent.distributed.communicators import Communicator, PeerLost, Transfer, late_error
+from teacherstudent.distributed.communicators import (
+    Communicator,
+    Transfer,
+    late_error,
+    lost_error,
+    mismatch_error,
+)
 
 GOODBYE_TAG = 32767
 # What a rank sent before it left may still be on its way when its goodbye is seen.
@@ -35,6 +41,9 @@ class MpiCommunicator(Communicator):
         self.serves_threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         world = MPI.COMM_WORLD.Get_group()
         self._world_ranks = MPI.Group.Translate_ranks(mpi.Get_group(), list(range(self.size)), world)
+
+    def number_of(self, rank: int) -> int:
+        return self._world_ranks[rank]
 
     def split(self, color: int) -> "MpiCommunicator":
         self.barrier()  # MPI's own split would wait for ever for a rank that is gone
@@ -105,7 +114,7 @@ class _MpiTransfer(Transfer):
             late = sorted({rank for rank, _, _ in self._pending})
             if time.monotonic() > deadline:
                 _lost_ranks.extend(late)
-                raise late_error(self._comm.rank, late, "MPI")
+                raise late_error(self._comm, late, "MPI")
             spins += 1
             if spins > SPINS_BEFORE_SLEEP:
                 left.check(late)
@@ -117,9 +126,9 @@ class _MpiTransfer(Transfer):
         try:
             over = request.Test(status)
         except MPI.Exception as error:
-            raise ValueError(_mismatch(rank, self._comm.rank)) from error
+            raise mismatch_error(self._comm, rank) from error
         if over and expected is not None and status.Get_count(MPI.BYTE) != expected:
-            raise ValueError(_mismatch(rank, self._comm.rank))
+            raise mismatch_error(self._comm, rank)
         return over
 
 
@@ -136,8 +145,10 @@ class _MpiReduction(Transfer):
         while not self._request.Test():
             if time.monotonic() > deadline:
                 _lost_ranks.extend(others)
-                raise TimeoutError(f"rank {self._comm.rank}: MPI's all_reduce passed its deadline; it does not say "
-                                   "who is late, reduction='ordered' does")  # fmt: skip
+                raise TimeoutError(
+                    f"rank {self._comm.number_of(self._comm.rank)}: MPI's all_reduce passed its deadline; it does not "
+                    "say who is late, reduction='ordered' does"
+                )
             spins += 1
             if spins > SPINS_BEFORE_SLEEP:
                 left.check(others)
@@ -159,11 +170,4 @@ class _Leavers:
         for rank, since in self._seen.items():
             if rank in pending and time.monotonic() > since + GOODBYE_GRACE_SECONDS:
                 _lost_ranks.append(rank)
-                raise PeerLost(rank, f"rank {rank} has failed or left; its own log says why")
-
-
-def _mismatch(rank: int, own: int) -> str:
-    return (
-        f"rank {rank} sent a message of another size than rank {own} expected; all ranks must call the same "
-        "collectives with tensors of the same size"
-    )
+                raise lost_error(self._comm, rank)

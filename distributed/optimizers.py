@@ -23,6 +23,7 @@ from teacherstudent.distributed.flat import (
     make_buckets,
     max_magnitude,
 )
+from teacherstudent.distributed.gathering import gather_texts, raise_together
 from teacherstudent.distributed.grad_scaler import tell_scaler
 from teacherstudent.distributed.step_problems import check_weight, find_problem
 from teacherstudent.distributed.untrained import Untrained
@@ -111,10 +112,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         weight  how much data this rank's gradient is the mean of, such as its number of frames: an integer ≥ 0.
                 0 takes part and adds nothing. Where all ranks give 0 nothing is updated.
 
-        A gradient that is not finite on any rank makes all ranks skip the step; metrics() counts it. Under a
+        A gradient that is not finite makes all ranks that exchange gradients skip the step (with BMUF its rank alone,
+        with TwoTier its group), which metrics() of these ranks count. Under a
         GradScaler the gradients are unscaled here, and it is told what all ranks found, so that scales stay equal.
 
-        What is wrong on any rank, such as its weight, is a ValueError on every rank that takes part in this step.
+        What is wrong on any rank, such as its weight, is a ValueError on every rank that takes part in this step;
+        with BMUF, on every rank at the block's end.
         """
         loss = None
         if closure is not None:
@@ -225,16 +228,26 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self._agree_on(weight, present, nonfinite, problem)
 
     def _agree_on(
-        self, weight: int, present: list[bool], nonfinite: bool, problem: str
+        self, weight: int, present: list[bool], nonfinite: bool, problem: str, *, steps: bool = True
     ) -> "Agreement | None":
-        """present: for each parameter, whether this rank has a gradient. A `problem` is a ValueError on every rank."""
+        """present: for each parameter, whether this rank has a gradient. A `problem` is a ValueError on every rank.
+
+        steps: whether this rank is in `step`, and not in `synchronize`.
+        """
         problem = self._problem or problem
         troubles = int(nonfinite) + (PROBLEM if problem else 0)
         rates = checksum_rates(self._rates()) % 2**16
-        facts = torch.tensor([weight, troubles, present.count(False), rates, rates**2])
+        facts = torch.tensor([weight, troubles, present.count(False), rates, rates**2, int(steps)])
         with self._exchanging():
             self.comm.all_reduce(facts)
-            total, troubles, num_absent, rates, squares = facts.tolist()
+            total, troubles, num_absent, rates, squares, num_stepping = facts.tolist()
+            if num_stepping not in (0, self.comm.size):
+                raise ValueError(
+                    f"{num_stepping} of {self.comm.size} ranks have called step, the others synchronize: every rank "
+                    "must call both equally often; a rank without data calls step(weight=0)"
+                )
+            if not num_stepping:
+                return None
             num_problems, num_nonfinite = divmod(troubles, PROBLEM)
             if num_problems:
                 raise_together(self.comm, problem)
@@ -251,6 +264,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._counters["skipped_empty"] += 1
             return None
         return Agreement(total, present)
+
+    def _agree_to_synchronize(self) -> None:
+        """ValueError on every rank where others have come to `step`."""
+        self._agree_on(0, [], nonfinite=False, problem="", steps=False)
 
     def _average(
         self, bucket: Bucket, gradients: Sequence[Tensor | None], share: float, present: list[bool]
@@ -370,24 +387,3 @@ def set_gradient(parameter: Tensor, value: Tensor) -> None:
         parameter.grad = value.to(parameter.dtype, copy=True)
     else:
         parameter.grad.copy_(value)
-
-
-def gather_texts(comm: Communicator, text: str) -> list[str]:
-    """Every rank's text, in rank order."""
-    encoded = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
-    return [bytes(part.numpy()).decode()[:-1] for part in comm.all_gather(encoded)]
-
-
-def gather_integers(comm: Communicator, row: list[int]) -> list[list[int]]:
-    """Every rank's row of integers, in rank order, by one all-reduce."""
-    table = torch.zeros(comm.size, len(row), dtype=torch.int64)
-    table[comm.rank] = torch.tensor(row)
-    return comm.all_reduce(table).tolist()
-
-
-def raise_together(comm: Communicator, text: str) -> None:
-    """Raise on every rank what the ranks with a `text` have to say. Collective."""
-    found = gather_texts(comm, text)
-    if len(set(found)) > 1:
-        found = [f"{comm.member} {rank}: {each}" for rank, each in enumerate(found) if each]
-    raise ValueError("; ".join(dict.fromkeys(found)))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from teacherstudent.distributed.exchange import Exchange, Fired
 from teacherstudent.distributed.flat import Bucket, Piece
-from teacherstudent.distributed.optimizers import Agreement, raise_together, scale_of
+from teacherstudent.distributed.gathering import raise_together
+from teacherstudent.distributed.optimizers import Agreement, scale_of
 from teacherstudent.distributed.step_problems import SPARSE, check_weight, is_dense
 
 

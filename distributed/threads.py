@@ -16,6 +16,7 @@ from teacherstudent.distributed.communicators import (
     PeerLost,
     Transfer,
     late_error,
+    mismatch_error,
 )
 
 Result = TypeVar("Result")
@@ -121,6 +122,9 @@ class ThreadCommunicator(Communicator):
         self._context = context
         self._num_splits = 0
 
+    def number_of(self, rank: int) -> int:
+        return self._members[rank]
+
     def split(self, color: int) -> "ThreadCommunicator":
         colors = [int(other) for other in self.all_gather(torch.tensor(color))]
         ranks = [rank for rank, other in enumerate(colors) if other == color]
@@ -165,10 +169,7 @@ class _ThreadTransfer(Transfer):
         for rank, num_bytes in self._incoming.items():
             message = self._receive(rank, deadline)
             if message.numel() != num_bytes:
-                raise ValueError(
-                    f"rank {rank} sent {message.numel()} bytes where rank {self._comm.rank} expected {num_bytes}; "
-                    "all ranks must call the same collectives with tensors of the same size"
-                )
+                raise mismatch_error(self._comm, rank)
             received[rank] = message.clone()
         return received
 
@@ -189,7 +190,7 @@ class _ThreadTransfer(Transfer):
                         for other in awaited
                         if (comm._context, other, self._tag) not in mailbox.messages
                     ]
-                    raise late_error(comm.rank, late, "in-process workers")
+                    raise late_error(comm, late, "in-process workers")
                 mailbox.changed.wait(min(remaining, threading.TIMEOUT_MAX))
             return mailbox.messages.pop(key)
 

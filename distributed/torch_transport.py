@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from teacherstudent.distributed.communicators import Communicator, PeerLost, Transfer, late_error
+from teacherstudent.distributed.communicators import Communicator, PeerLost, Transfer, late_error, lost_error
 
 FOREVER = timedelta(days=3650)
 # How long the ranks that ran into a deadline wait for each other's sign of life before they name the late one.
@@ -30,6 +30,9 @@ class TorchCommunicator(Communicator):
     ) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout_seconds, reduction)
         self._group = group
+
+    def number_of(self, rank: int) -> int:
+        return dist.get_global_rank(self._group, rank)
 
     def split(self, color: int) -> "TorchCommunicator":
         colors = [int(other) for other in self.all_gather(torch.tensor(color))]
@@ -102,7 +105,7 @@ class _TorchTransfer(Transfer):
         try:
             return start(message, group=self._comm._group, tag=tag, **peer)
         except RuntimeError as error:
-            raise _lost(rank) from error
+            raise lost_error(self._comm, rank) from error
 
     def _wait(self, work: dist.Work, rank: int, deadline: float) -> None:
         if work.is_completed():
@@ -111,8 +114,8 @@ class _TorchTransfer(Transfer):
             work.wait(to_timedelta(max(deadline - time.monotonic(), 0.001)))
         except RuntimeError as error:
             if time.monotonic() >= deadline - CLOCK_SECONDS:
-                raise late_error(self._comm.rank, [rank], "torch.distributed") from error
-            raise _lost(rank) from error
+                raise late_error(self._comm, [rank], "torch.distributed") from error
+            raise lost_error(self._comm, rank) from error
 
 
 class _TorchReduction(Transfer):
@@ -129,20 +132,17 @@ class _TorchReduction(Transfer):
             else:
                 self._work.wait(to_timedelta(max(deadline - time.monotonic(), 0.001)))
         except RuntimeError as error:
-            raise PeerLost(-1, f"rank {self._comm.rank}: a native all_reduce failed: {error}") from error
+            own = self._comm.number_of(self._comm.rank)
+            raise PeerLost(-1, f"rank {own}: a native all_reduce failed: {error}") from error
         return []
 
     def _poll(self, deadline: float) -> None:
         # NCCL's wait() only orders streams, so its end is polled for; it does not tell who is missing either.
         while not self._work.is_completed():
             if time.monotonic() > deadline:
-                raise late_error(self._comm.rank, self._comm.roll_call(), "NCCL")
+                raise late_error(self._comm, self._comm.roll_call(), "NCCL")
             time.sleep(0.0001)
         self._work.wait()
-
-
-def _lost(rank: int) -> PeerLost:
-    return PeerLost(rank, f"rank {rank} has failed or left; its own log says why")
 
 
 def to_timedelta(seconds: float) -> timedelta:

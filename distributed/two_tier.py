@@ -18,7 +18,7 @@ from teacherstudent.distributed.block_fold import fold_tiers
 from teacherstudent.distributed.block_fragment import Fragment
 from teacherstudent.distributed.block_settings import find_problems, is_integer_from
 from teacherstudent.distributed.bmuf import BMUF
-from teacherstudent.distributed.communicators import Communicator, PeerLost
+from teacherstudent.distributed.communicators import Communicator
 from teacherstudent.distributed.exact import ExactAveraging, take_exact_step
 from teacherstudent.distributed.grad_scaler import tell_scaler
 from teacherstudent.distributed.groups import Groups
@@ -56,8 +56,8 @@ class TwoTier(DistributedOptimizer):
     every `block_steps` steps, for a few bytes; options of a tier that is left out are named in a warning.
 
     Raises ValueError on every rank where group_size does not divide the number of ranks, `inner` or an option is
-    unknown or out of range, or anything differs between ranks; and what BMUF and GTC raise. A rank that fails in an
-    exchange is named by its place in it; the error's note says how groups and places count.
+    unknown or out of range, or anything differs between ranks; and what BMUF and GTC raise. A state goes on with
+    another number of groups, but neither with one alone nor in groups of another size.
     """
 
     def __init__(
@@ -114,10 +114,11 @@ class TwoTier(DistributedOptimizer):
 
     def synchronize(self) -> None:
         """Close a partial block and leave W in the model. Collective; the next block starts from W."""
-        with self._explaining():
-            self._outer.synchronize()
-            if self._across is None:
-                self._hear_requests()
+        if self._inside is not None:
+            self._meet()
+        self._outer.synchronize()
+        if self._across is None:
+            self._hear_requests()
 
     @contextlib.contextmanager
     def global_weights(self) -> Iterator[None]:
@@ -176,10 +177,9 @@ class TwoTier(DistributedOptimizer):
     def _take_step(self, weight: int) -> None:
         num_nonfinite = self._counters["skipped_nonfinite"]
         self._first._problem = self._problem  # an error on every rank of the group
-        with self._explaining():
-            self._outer._take_step(weight)
-            if self._across is None and self._counters["steps"] % self.block_steps == 0:
-                self._hear_requests()
+        self._outer._take_step(weight)
+        if self._across is None and self._counters["steps"] % self.block_steps == 0:
+            self._hear_requests()
         tell_scaler(self, self._counters["skipped_nonfinite"] > num_nonfinite, self.comm.device)
 
     def _hear_requests(self) -> None:
@@ -187,17 +187,14 @@ class TwoTier(DistributedOptimizer):
             self._agreed = pool(self.comm, Report(requests=self._requests)).requests
         self._requests = set()
 
-    @contextlib.contextmanager
-    def _explaining(self) -> Iterator[None]:
+    def _meet(self) -> None:
+        """The ranks of a group must agree that all of them have come to `synchronize`, and none to `step`."""
         try:
-            yield
-        except (TimeoutError, PeerLost) as error:
-            group, place = divmod(self.comm.rank, self.group_size)
-            error.add_note(
-                f"rank {self.comm.rank} of {self.comm.size} is at place {place} of group {group}; exchanges inside a "
-                f"group count its ranks from 0 to {self.group_size - 1}, those across groups count the groups"
-            )
-            raise
+            self._first._agree_to_synchronize()
+        except ValueError as error:
+            if self._across is None:
+                raise
+            self._across._problem = str(error)  # an error on every rank, when the groups agree
 
     def _share_counters(self) -> None:
         """All tiers count in one place."""

@@ -214,7 +214,9 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     for override in overrides:
-        tables = merge(tables, parse_override(override))
+        parsed = parse_override(override)
+        _check_variants_leave(parsed, tables, override)
+        tables = merge(tables, parsed)
     config = build(Config(), tables, "")
     names = config.student_variants()  # here, so that a typo in one is found before anything runs
     if config.student.only and config.student.only not in names:
@@ -224,6 +226,30 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     needed = f"the teacher or a student of this experiment: {', '.join(['teacher', *names])}"
     require(config.decode.only in ("", "teacher", *names), "decode.only", config.decode.only, needed)
     return config
+
+
+def _check_variants_leave(parsed: Mapping[str, Any], tables: Mapping[str, Any], override: str) -> None:
+    """ValueError for a setting of [student] that every variant has of its own: nothing would come of it."""
+    student = parsed.get("student", {})
+    variants = tables.get("student", {}).get("variants", {})
+    if not isinstance(student, Mapping) or not isinstance(variants, Mapping) or "variants" in student:
+        return
+    name = override.partition("=")[0].removeprefix("student.")
+    own = [variant for variant, table in variants.items() if _holds(table, name.split("."))]
+    if own:
+        ways = ", ".join(f"student.variants.{variant}.{name}" for variant in own)
+        raise ValueError(
+            f"student.{name} on the command line would change nothing of the variants that have it of their own: say "
+            f"{ways}"
+        )
+
+
+def _holds(table: Any, names: Sequence[str]) -> bool:
+    for name in names:
+        if not isinstance(table, Mapping) or name not in table:
+            return False
+        table = table[name]
+    return True
 
 
 def to_toml(config: Config) -> str:

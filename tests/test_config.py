@@ -311,3 +311,17 @@ def test_what_is_stored_cannot_be_drawn_anew(toml: Path) -> None:
         toml, "seed=1"
     )
     assert load(toml, ["features.storage=on-the-fly"]).conditions.redraw
+
+
+def test_what_variants_have_of_their_own_is_not_overridden_in_silence(toml: Path) -> None:
+    toml.write_text(
+        "[student.optimisation]\nbatch_frames = 7\n"
+        "[student.variants.a.optimisation]\nlearning_rate = 0.5\n"
+        "[student.variants.b.optimisation]\nmomentum = 0.5\n"
+    )
+    message = refusal(toml, "student.optimisation.learning_rate=0.3")
+    assert message.endswith("of their own: say student.variants.a.optimisation.learning_rate")
+    own = load(toml, ["student.variants.a.optimisation.learning_rate=0.3"]).student_variants()["a"]
+    assert (own.optimisation.learning_rate, own.optimisation.batch_frames) == (0.3, 7)
+    rates = load(toml, ["student.optimisation.batch_frames=9", "student.only=a"]).student_variants()
+    assert {student.optimisation.batch_frames for student in rates.values()} == {9}

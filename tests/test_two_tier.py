@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_bmuf import NUM_ELEMENTS, give_step, global_weights_of, gradient_of, make_parameter
 from torch import Tensor
+from worker_errors import errors_of
 from workers.collectives import check_collectives
 
 from teacherstudent.distributed import BMUF, GTC, Communicator, ExactAveraging, TwoTier, in_process
@@ -121,10 +122,10 @@ def test_a_tier_of_one_member_is_left_out_bit_for_bit(make: Make, make_plain: Ma
         found.append(values_of(parameters))
         metrics = {key: value for key, value in optimizer.metrics().items() if key != "seconds_in_exchange"}
         metrics["bytes_sent"] -= sent_before
-        if (
-            getattr(optimizer, "num_groups", 3) == 1
-        ):  # 2 blocks and synchronize: 6 numbers for each of 2 ranks
-            metrics["bytes_sent"] -= 3 * 2 * (6 * 8 + 80)  # with the header of a gather
+        if getattr(optimizer, "num_groups", 3) == 1:
+            # 2 blocks and synchronize: 6 numbers for each of 2 ranks, with the header of a gather; and once, whether
+            # all of them synchronize
+            metrics["bytes_sent"] -= 3 * 2 * (6 * 8 + 80) + 2 * 6 * 8
         return found, metrics
 
     for rank, (found, metrics) in enumerate(in_process(3, lambda comm: work(comm, make))):
@@ -516,7 +517,7 @@ def test_begin_step_belongs_to_gtc() -> None:
     in_process(4, work)
 
 
-def test_a_worker_that_never_comes_is_named_by_group_and_place() -> None:
+def test_a_worker_that_never_comes_is_named_by_its_number_among_all() -> None:
     def work(comm: Communicator) -> None:
         parameter = make_parameter()
         optimizer = TwoTier(
@@ -525,8 +526,27 @@ def test_a_worker_that_never_comes_is_named_by_group_and_place() -> None:
         if comm.rank < 3:
             with pytest.raises(TimeoutError) as caught:
                 give_step(optimizer, parameter, comm.rank, 0)
-            group, place = divmod(comm.rank, 2)
-            [note] = caught.value.__notes__
-            assert note.startswith(f"rank {comm.rank} of 4 is at place {place} of group {group}; ")
+            awaited = {0: 2, 1: 3, 2: 3}[
+                comm.rank
+            ]  # its own place in the other group, or its own group's other rank
+            assert str(caught.value).startswith(f"rank {comm.rank} waited for rank {awaited} until")
 
     in_process(4, work, timeout_seconds=1)
+
+
+@pytest.mark.parametrize("inner", ["gtc", "exact"])
+@pytest.mark.parametrize("size", [2, 4], ids=["one group", "two groups"])
+def test_a_worker_that_takes_fewer_steps_than_the_others_is_an_error_on_all(inner: str, size: int) -> None:
+    def work(comm: Communicator) -> None:
+        parameters = [make_parameter(), make_parameter()]
+        optimizer = TwoTier(
+            torch.optim.SGD(parameters, lr=0.1), comm, group_size=2, inner=inner, block_steps=4
+        )
+        for step in range(7 - 2 * (comm.rank == size - 1)):
+            for parameter in parameters:
+                parameter.grad = gradient_of(comm.rank, step, parameter.detach())
+            optimizer.step()
+        optimizer.synchronize()
+
+    [message] = set(errors_of(size, work))
+    assert "1 of 2 ranks have called step, the others synchronize: every rank must call both" in message

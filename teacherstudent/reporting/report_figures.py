@@ -151,9 +151,12 @@ def save_schedules(plans: Sequence[tuple[str, Plan]], path: Path) -> None:
 def _schedules(plans: Sequence[tuple[str, Plan]]) -> Figure:
     figure = Figure((_WIDTH_INCHES, 2.2 * len(plans)), layout="constrained")
     for axes, (name, plan) in zip(figure.subplots(len(plans), 2, squeeze=False), plans, strict=True):
-        for part, steps in zip(axes, (range(min(ZOOM_STEPS, len(plan))), _spread(len(plan))), strict=True):
+        shown = min(max(ZOOM_STEPS, plan.round_steps), len(plan))
+        for part, places in zip(axes, (range(shown), _spread(len(plan))), strict=True):
             for source in (HUMAN, MACHINE):
-                portions = [(step, portion) for step in steps for portion in plan[step].portions]
+                steps = places if part is axes[0] else sorted({plan.next_step(source, at) for at in places})
+                within = [step for step in steps if step < len(plan)]
+                portions = [(step, portion) for step in within for portion in plan[step].portions]
                 chosen = [(step, each.learning_rate) for step, each in portions if each.source == source]
                 if not chosen:
                     continue
@@ -163,9 +166,7 @@ def _schedules(plans: Sequence[tuple[str, Plan]]) -> Figure:
                     part.bar(where, rates, width=0.75, color=LIGHT[source], label=label)
                 else:
                     part.plot(where, rates, color=LIGHT[source], label=label)
-        _finish(
-            axes[0], f"{name}: the first {min(ZOOM_STEPS, len(plan))} steps", "learning rate", legend=False
-        )
+        _finish(axes[0], f"{name}: the first {shown:,} steps", "learning rate", legend=False)
         _finish(axes[1], f"all {len(plan):,} steps", "")
         for part in axes:
             part.set_ylim(bottom=0)

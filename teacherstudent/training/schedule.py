@@ -122,6 +122,14 @@ class Plan:
         begin = schedule.machine_turn_steps if source == HUMAN else 0
         return step + (begin - step) % (schedule.machine_turn_steps + schedule.human_turn_steps)
 
+    @property
+    def round_steps(self) -> int:
+        """A turn of each source, where they take turns."""
+        schedule = self.schedule
+        return (
+            schedule.machine_turn_steps + schedule.human_turn_steps if schedule.mode == "interleaved" else 1
+        )
+
     def has_met_all(self, step: int) -> bool:
         """Whether the steps before this one have trained on every source, or were of modes that take turns."""
         return self.schedule.mode != "sequential" or step > self._num_first
@@ -162,12 +170,12 @@ class Plan:
         """For people, before anything runs."""
         schedule = self.schedule
         first, last = self._learning_rate(schedule.warmup_steps), self._learning_rate(len(self) - 1)
-        warmup = f", warm-up over {schedule.warmup_steps} steps" if schedule.warmup_steps else ""
-        steady = ", constant in a sub-epoch" if schedule.decay == "sub-epoch" else ""
-        return (
-            f"{schedule.mode}: {self._describe_sources()}; {len(self)} steps, learning rate {first:g} to {last:g}"
-            f"{steady}{warmup}"
+        warmup = (
+            f", warm-up over {schedule.warmup_steps} steps, to {first:g}" if schedule.warmup_steps else ""
         )
+        steady = ", constant in a sub-epoch" if schedule.decay == "sub-epoch" else ""
+        rates = f"learning rate {self.base_learning_rate:g} decaying to {last:g}"
+        return f"{schedule.mode}: {self._describe_sources()}; {len(self)} steps, {rates}{steady}{warmup}"
 
     def _describe_sources(self) -> str:
         schedule = self.schedule
