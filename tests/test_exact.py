@@ -109,7 +109,7 @@ def test_metrics_count_what_was_sent() -> None:
         return metrics
 
     for metrics in in_process(2, work):
-        # half of the elements twice over, and five integers for the agreement
-        assert metrics["bytes_sent"] == 3 * (2 * 2000 * 4 + 5 * 8)
+        # half of the elements twice over, and six integers for the agreement
+        assert metrics["bytes_sent"] == 3 * (2 * 2000 * 4 + 6 * 8)
         assert metrics["steps"] == 3
         assert metrics["seconds_in_exchange"] > 0

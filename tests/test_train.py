@@ -257,7 +257,8 @@ def test_best_is_the_first_model_of_the_lowest_frame_error_on_the_development_sp
     best = min(validations, key=lambda line: line["dev_frame_error"])
     assert best not in (validations[0], validations[-1], min(validations, key=lambda line: line["dev_loss"]))
     state = checkpoint.load(tmp_path / "best.pt")
-    assert state["provenance"] == {"of": "test", "step": best["step"], "seed": 3}
+    wanted = {"of": "test", "step": best["step"], "seed": 3, "numeric_mode": "fp32"}
+    assert state["provenance"] == wanted
     dev, model = make_source("dev", 3), model_from_state(state)
     with torch.no_grad():
         losses = [
