@@ -73,6 +73,9 @@ class MadeSpeech:
         others = draw.integers(1, NUM_SENONES, K - 1).cumsum() % NUM_SENONES
         self.likely = (np.arange(NUM_SENONES)[:, None] + np.unique([0, *others])) % NUM_SENONES  # (S, K)
 
+    def in_epoch(self, epoch: int) -> "MadeSpeech":
+        return self
+
     def __getitem__(self, utterance_id: str) -> Mapping[str, np.ndarray]:
         draw = np.random.default_rng([1, int(utterance_id)])
         count = self.num_frames[int(utterance_id)]
