@@ -229,7 +229,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _check_variants_leave(parsed: Mapping[str, Any], tables: Mapping[str, Any], override: str) -> None:
-    """ValueError for a setting of [student] that every variant has of its own: nothing would come of it."""
+    """ValueError for a setting of [student] that variants have of their own: of them nothing would come of it."""
     student = parsed.get("student", {})
     variants = tables.get("student", {}).get("variants", {})
     if not isinstance(student, Mapping) or not isinstance(variants, Mapping) or "variants" in student:
