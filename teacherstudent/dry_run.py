@@ -4,7 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teacherstudent import wheels
-from teacherstudent.config import Config, Features, Network, Optimisation, Schedule, to_toml
+from teacherstudent.config import (
+    Config,
+    Features,
+    HardLoss,
+    Label,
+    Loss,
+    Network,
+    Optimisation,
+    Schedule,
+    to_toml,
+)
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
 from teacherstudent.training.models import num_parameters
 from teacherstudent.training.schedule import Plan
@@ -16,6 +26,7 @@ class _Planned:
     network: Network
     schedule: Schedule
     optimisation: Optimisation
+    loss: HardLoss
     workers: int
 
     @property
@@ -46,12 +57,18 @@ def _trainings(config: Config, step: str) -> dict[str, _Planned]:
     workers = config.distributed.workers
     if step in ("teacher", "run"):
         teacher = config.teacher
-        trainings["teacher"] = _Planned(teacher.network, teacher.schedule, teacher.optimisation, workers)
+        trainings["teacher"] = _Planned(
+            teacher.network, teacher.schedule, teacher.optimisation, teacher.loss, workers
+        )
     if step in ("student", "run"):
         for name, student in config.student_variants().items():
             if config.student.only in ("", name):
                 trainings[f"student {name}"] = _Planned(
-                    student.network, student.schedule, student.optimisation, student.workers or workers
+                    student.network,
+                    student.schedule,
+                    student.optimisation,
+                    student.loss,
+                    student.workers or workers,
                 )
     return trainings
 
@@ -70,8 +87,10 @@ def _describe(config: Config, planned: _Planned) -> str:
             f"  first steps {draw_turns(plan)} ({LEGEND})",
             *(f"              {line}" for line in draw_learning_rates(plan)),
             f"  sub-epochs  {_describe_sub_epochs(plan)}",
-            f"  workers     {workers} in this process without a launcher, the launched ones under one; "
-            f"method {optimisation.method}",
+            f"  loss        {_describe_loss(planned.loss, plan, config.label)}",
+            f"  a step      {_describe_step(optimisation)}",
+            f"  workers     {workers} in this process without a launcher, the launched ones under one",
+            f"  method      {optimisation.method}{_describe_method(optimisation, workers)}",
             f"  data        {optimisation.batch_frames} frames a step and worker: "
             + _describe_data(plan, optimisation.batch_frames, workers),
         ]
@@ -81,13 +100,82 @@ def _describe(config: Config, planned: _Planned) -> str:
 def _describe_sub_epochs(plan: Plan) -> str:
     schedule = plan.schedule
     text = f"{plan.num_sub_epochs} of {min(schedule.validate_every_steps, len(plan))} steps, each with a validation"
-    if schedule.held_out_utterances and "machine" in plan.sources:
-        text += f", also on {schedule.held_out_utterances} machine-labelled utterances"
+    if schedule.held_out_utterances:
+        unused = "" if "machine" in plan.sources else ": not here, where none is trained on"
+        text += f", also on {schedule.held_out_utterances} machine-labelled utterances{unused}"
     if schedule.stop_after_validations:
         text += f"; stops after {schedule.stop_after_validations} without a lower frame error"
     if schedule.average_models:
         text += f"; the {schedule.average} {schedule.average_models} models are averaged"
     return text
+
+
+def _describe_loss(loss: HardLoss, plan: Plan, label: Label) -> str:
+    """What is learnt from each source: a weight or a multiplier of it is the schedule's."""
+    texts = []
+    if "human" in plan.sources:
+        smoothing = f", {loss.label_smoothing:g} of it for all senones alike" if loss.label_smoothing else ""
+        soft_share = loss.soft_share if isinstance(loss, Loss) else 0.0
+        teacher = f"; {100 * soft_share:g} % from the teacher's posteriors" if soft_share else ""
+        texts.append(f"human: cross-entropy with the label{smoothing}{teacher}")
+    if "machine" in plan.sources and isinstance(loss, Loss):
+        texts.append(f"machine: cross-entropy with {_describe_posteriors(loss, label)}")
+    return "; ".join(texts)
+
+
+def _describe_posteriors(loss: Loss, label: Label) -> str:
+    kept, stored = loss.kept or label.k, label.k or "all"
+    text = f"the best {kept} of {stored} stored posteriors" if kept else "all posteriors"
+    text += ", what they lack as one more class" if loss.tail else ", renormalised"
+    if loss.temperature != 1:
+        text += f", temperature {loss.temperature:g}"
+    if loss.confidence != "none":
+        weights = {"highest": "highest posterior", "kept": "sum of the kept"}
+        text += f", frames weighed by the teacher's {weights[loss.confidence]}"
+    if loss.confidence_floor:
+        text += f", none of frames whose highest is below {loss.confidence_floor:g}"
+    return text
+
+
+def _describe_step(optimisation: Optimisation) -> str:
+    """A worker's, before anything is exchanged."""
+    chunk, masking = optimisation.chunk_frames, optimisation.masking
+    parts = [
+        f"pieces of {chunk} frames" if chunk else "whole utterances",
+        f"numeric mode {optimisation.numeric_mode}",
+        f"gradient clipped to norm {optimisation.clip_norm:g}",
+        f"momentum {optimisation.momentum:g}{' before compression' * optimisation.momentum_correction}",
+    ]
+    if masking.sources and masking.frequency_masks:
+        parts.append(f"{masking.frequency_masks} masks of up to {masking.frequency_mask_mels} mel bands")
+    if masking.sources and masking.time_masks:
+        share = f"{masking.time_mask_frames} frames, or {100 * masking.time_mask_share:g} % of the utterance"
+        parts.append(f"{masking.time_masks} masks of up to {share}")
+    if len(masking.sources) == 1 and (masking.frequency_masks or masking.time_masks):
+        parts.append(f"masks on {masking.sources[0]}-labelled alone")
+    return ", ".join(parts)
+
+
+def _describe_method(optimisation: Optimisation, workers: int) -> str:
+    """The settings that it reads."""
+    method = optimisation.method
+    gtc = f"density {optimisation.density:g}"
+    gtc += f", reached from 1e-2 in {optimisation.ramp_steps} steps" if optimisation.ramp_steps else ""
+    gtc += ", multi-quantum" * optimisation.multi_quantum
+    momentum = optimisation.block_momentum
+    size = optimisation.group_size if method == "two-tiers" else 1
+    groups = f"groups of {size} by gtc"
+    groups += (
+        f" (an error with {workers} workers: {size} has to divide their number)" if workers % size else ""
+    )
+    default = f"{1 - size / workers:.4g} with so many workers"
+    blocks = f"blocks of {optimisation.block_steps} steps, block momentum "
+    blocks += default if momentum is None else f"{momentum:g}"
+    blocks += f", {optimisation.local_state} local state, {optimisation.wire} updates"
+    texts = {"exact": "", "gtc": gtc, "bmuf": blocks, "two-tiers": f"{groups}, {gtc}; {blocks}"}
+    exact = method in ("gtc", "bmuf", "two-tiers") and optimisation.exact_steps
+    text = texts[method] + (f", after {optimisation.exact_steps} exact steps" if exact else "")
+    return f": {text}" if text else ""
 
 
 def _describe_data(plan: Plan, batch_frames: int, workers: int) -> str:
@@ -103,8 +191,9 @@ def _describe_data(plan: Plan, batch_frames: int, workers: int) -> str:
     each = ", ".join(
         f"{source} {plan.num_steps(source)} steps, {hours[source]:.1f} hours" for source in plan.sources
     )
-    shards = plan.schedule.machine_shards if "machine" in plan.sources else 0
-    of_shards = f"; machine-labelled from the first {shards} shards alone" if shards else ""
+    shards = plan.schedule.machine_shards
+    unused = "" if "machine" in plan.sources else ": not here, where none is trained on"
+    of_shards = f"; machine-labelled from the first {shards} shards alone{unused}" if shards else ""
     return f"at most {sum(hours.values()):.1f} hours of audio ({each}){of_shards}"
 
 

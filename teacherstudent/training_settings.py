@@ -70,6 +70,9 @@ class Schedule(Section):
         super().__post_init__()
         needed = f"below steps, which is {self.steps}"
         require(self.warmup_steps < self.steps, "schedule.warmup_steps", self.warmup_steps, needed)
+        needed = f"below {self.num_sub_epochs}, the number of validations in {self.steps} steps, or 0"
+        waits = self.stop_after_validations
+        require(not waits or waits < self.num_sub_epochs, "schedule.stop_after_validations", waits, needed)
         needed = f"at most {self.num_sub_epochs}, the number of validations in {self.steps} steps"
         enough = self.average_models <= self.num_sub_epochs
         require(enough, "schedule.average_models", self.average_models, needed)

@@ -296,6 +296,14 @@ def test_no_more_models_are_averaged_than_there_are_validations(toml: Path) -> N
     assert "student.variants.a.schedule.average_models = 4: it must be at most 3, the number of" in message
 
 
+def test_a_training_that_no_validation_could_stop_is_refused(toml: Path) -> None:
+    schedule = "student.variants.a.schedule"
+    settings = [f"{schedule}.steps=10", f"{schedule}.validate_every_steps=4"]
+    load(toml, [*settings, f"{schedule}.stop_after_validations=2"])
+    message = refusal(toml, *settings, f"{schedule}.stop_after_validations=3")
+    assert f"{schedule}.stop_after_validations = 3: it must be below 3, the number of validations" in message
+
+
 def test_masks_that_are_wider_than_the_features_are_refused_before_anything_runs(toml: Path) -> None:
     fewer = "features.num_mels=10"
     load(toml, [fewer])  # there are no masks

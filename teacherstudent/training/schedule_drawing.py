@@ -18,12 +18,13 @@ def draw_learning_rates(plan: Plan, width: int = 60, height: int = 4) -> list[st
     """For each source a picture of its learning rate over the steps, all of one scale; below, where sub-epochs end.
 
     A column stands for equally many steps (but for rounding) and shows the rate at the first of them that trains on
-    the source, and nothing where none does.
+    the source, and nothing where none does. The figure is the highest rate, a column's or the warm-up's last.
     """
     width = min(width, len(plan))
     rates = {source: _sample(plan, source, width) for source in reversed(plan.sources)}
-    highest = max(rate for row in rates.values() for rate in row)
-    labels = {source: f"{source:<7} {max(row):<8.3g}" for source, row in rates.items()}
+    tops = {source: max(*row, _rate_after_warmup(plan, source)) for source, row in rates.items()}
+    highest = max(tops.values())
+    labels = {source: f"{source:<7} {top:<8.3g}" for source, top in tops.items()}
     lines = []
     for source, row in rates.items():
         eighths = [max(1, round(8 * height * rate / highest)) if rate else 0 for rate in row]
@@ -35,18 +36,22 @@ def draw_learning_rates(plan: Plan, width: int = 60, height: int = 4) -> list[st
     return lines
 
 
+def _rate_after_warmup(plan: Plan, source: SourceName) -> float:
+    step = plan.next_step(source, max(0, plan.schedule.warmup_steps - 1))
+    return _rate(plan, source, step) if step < len(plan) else 0.0
+
+
+def _rate(plan: Plan, source: SourceName, step: int) -> float:
+    return max((part.learning_rate for part in plan[step].portions if part.source == source), default=0.0)
+
+
 def _sample(plan: Plan, source: SourceName, width: int) -> list[float]:
     """The source's learning rate in each column, 0 where it has no step."""
     edges = [column * len(plan) // width for column in range(width + 1)]
     found = []
     for begin, end in itertools.pairwise(edges):
         step = plan.next_step(source, begin)
-        rates = (
-            [part.learning_rate for part in plan[step].portions if part.source == source]
-            if step < end
-            else []
-        )
-        found.append(max(rates, default=0.0))
+        found.append(_rate(plan, source, step) if step < end else 0.0)
     return found
 
 
