@@ -29,7 +29,7 @@ smoke: $(INSTALLED) ## the whole way on made-up speech: corpus to word error rat
 	$(BIN)/teacherstudent run $(SMOKE) folder=$(FOLDER)
 
 test: $(INSTALLED) ## every law at its smallest size, files side by side on at most four cores
-	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-system: $(INSTALLED) ## what needs Debian packages or root
 	$(PYTEST) -m system

@@ -1,5 +1,7 @@
 """One tiny experiment, run once and looked at by many tests."""
 
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,8 +22,20 @@ def run(command: Sequence[str], timeout_seconds: float = 300) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_seconds)
 
 
+# Files that take longest, in this order before the others: begun last, one would keep a single core busy at the end.
+LONG = (
+    "test_run.py",
+    "test_launchers.py",
+    "test_cli.py",
+    "test_evaluate.py",
+    "test_recipes.py",
+    "test_open_corpus.py",
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Plain pytest skips, and says so, what has a make target of its own; `-m soak` or `-m system` runs it."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if config.option.markexpr:
         return
     targets = {"soak": "full counts: make soak", "system": "Debian packages or root: make test-system"}
@@ -33,8 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def tiny_experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of tests/tiny.toml after `run`."""
-    folder = tmp_path_factory.mktemp("tiny") / "experiment"
-    done = teacherstudent("run", TINY, f"folder={folder}")
-    assert done.returncode == 0, done.stderr
+    """The folder of tests/tiny.toml after `run`, made once for all processes that run tests: for reading only."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "tiny" / "experiment"
+    folder.parent.mkdir(exist_ok=True)
+    with (shared / "tiny" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here for the first
+        if not (folder / "report.html").exists():
+            done = teacherstudent("run", TINY, f"folder={folder}")
+            assert done.returncode == 0, done.stderr
     return folder

@@ -83,8 +83,15 @@ def test_collectives_work_on_real_processes(launcher: str) -> None:
     assert done.stdout.count("collectives agree") == 2
 
 
-@launchers
-@pytest.mark.parametrize("example", EXAMPLES[:2])  # two workers are one group of the third
+@pytest.mark.parametrize(  # two workers are one group of the third
+    ("example", "launcher"),
+    [
+        (EXAMPLES[0], "torchrun"),
+        pytest.param(EXAMPLES[1], "mpirun", marks=needs_mpi),
+        pytest.param(EXAMPLES[0], "mpirun", marks=[needs_mpi, pytest.mark.soak]),
+        pytest.param(EXAMPLES[1], "torchrun", marks=pytest.mark.soak),
+    ],
+)
 def test_the_examples_train_on_two_workers(launcher: str, example: str) -> None:
     done = launch(launcher, ROOT / "examples" / example)
     assert done.returncode == 0, done.stderr
@@ -113,8 +120,17 @@ def test_two_tiers_train_on_two_groups_of_two_workers() -> None:
     assert losses[-1] < min(0.35, 0.6 * losses[0])
 
 
-@launchers
-@pytest.mark.parametrize("way", ["raise", "exit", "kill"])
+@pytest.mark.parametrize(
+    ("way", "launcher"),
+    [
+        ("raise", "torchrun"),
+        ("kill", "torchrun"),
+        pytest.param("raise", "mpirun", marks=needs_mpi),
+        pytest.param("exit", "mpirun", marks=needs_mpi),
+        pytest.param("exit", "torchrun", marks=pytest.mark.soak),
+        pytest.param("kill", "mpirun", marks=[needs_mpi, pytest.mark.soak]),
+    ],
+)
 def test_a_worker_that_dies_makes_the_launch_fail(launcher: str, way: str) -> None:
     done = launch(launcher, WORKERS / "failing.py", way, timeout_seconds=60)
     assert done.returncode != 0

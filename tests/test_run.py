@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, run, teacherstudent
 
+from teacherstudent import cli
 from teacherstudent.data.packed import open_shards
 from teacherstudent.files import hash_file
 from teacherstudent.store import TargetStore
@@ -49,12 +50,11 @@ def test_run_leaves_a_report_word_error_rates_and_the_hash_of_every_artefact(tin
     assert {f"students/{name}/best.pt" for name in STUDENTS} <= set(listed)
 
 
-def test_the_same_experiment_in_another_folder_has_the_same_contents(
+def test_the_same_experiment_in_another_folder_by_more_processes_has_the_same_contents(
     tiny_experiment: Path, tmp_path: Path
 ) -> None:
-    done = teacherstudent(
-        "run", TINY, f"folder={tmp_path / 'else where'}", "corpus.jobs=1", "features.jobs=1"
-    )
+    jobs = [f"{section}.jobs=2" for section in ("corpus", "features", "align", "senones", "decode")]
+    done = teacherstudent("run", TINY, f"folder={tmp_path / 'else where'}", *jobs)
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "else where") == hashes(tiny_experiment)
 
@@ -88,20 +88,22 @@ def test_targets_are_distributions_over_the_senones_of_the_inventory(tiny_experi
         assert np.allclose(np.exp(log_posteriors).sum(axis=1), 1, atol=1e-5)
 
 
-def test_a_second_run_does_nothing_and_changes_nothing(tiny_experiment: Path, tmp_path: Path) -> None:
+def test_a_second_run_does_nothing_and_changes_nothing(
+    tiny_experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copy_without(tiny_experiment, tmp_path / "again")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
-    done = teacherstudent("run", TINY, f"folder={folder}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done before") == 7 + len(STUDENTS)  # the page alone is made every time
+    assert cli.main(["run", str(TINY), f"folder={folder}"]) == 0
+    assert capsys.readouterr().out.count("done before") == 7 + len(
+        STUDENTS
+    )  # the page alone is made every time
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")} == before
 
 
 def test_a_student_may_have_a_number_of_workers_of_its_own(tiny_experiment: Path, tmp_path: Path) -> None:
     folder = copy_without(tiny_experiment, tmp_path / "own", "student-gtc", "evaluate", "report")
     own = ["student.only=gtc", "student.variants.gtc.workers=3"]
-    done = teacherstudent("student", TINY, f"folder={folder}", *own)
-    assert done.returncode == 0, done.stderr
+    assert cli.main(["student", str(TINY), f"folder={folder}", *own]) == 0
     latest = folder / "students" / "gtc" / "checkpoint" / "latest.json"
     assert json.loads(latest.read_text(encoding="utf-8"))["num_workers"] == 3
 
@@ -194,17 +196,17 @@ def test_a_run_killed_in_the_midst_of_its_steps_ends_as_an_undisturbed_one(
 
 
 def test_a_word_more_in_the_lexicon_is_noticed_and_changes_no_feature(
-    tmp_path: Path, tiny_experiment: Path
+    tmp_path: Path, tiny_experiment: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = Path(shutil.copytree(tiny_experiment / "corpus", tmp_path / "data"))
-    settings = (TINY, f"folder={tmp_path / 'exp'}", f"data.folder={data}")
+    settings = [str(TINY), f"folder={tmp_path / 'exp'}", f"data.folder={data}"]
     for step in ("corpus", "prepare", "align", "senones"):
-        assert teacherstudent(step, *settings).returncode == 0
+        assert cli.main([step, *settings]) == 0
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "exp" / "features").rglob("*.h5")}
     with (data / "lexicon.txt").open("a") as lexicon:
         lexicon.write("zebra Z EH B R AX\n")
-    refused = teacherstudent("senones", *settings)
-    assert refused.returncode == 2
-    assert "'align' is out of date" in refused.stderr and "resources changed" in refused.stderr
-    assert teacherstudent("align", *settings).returncode == 0
+    assert cli.main(["senones", *settings]) == 2
+    refused = capsys.readouterr().err
+    assert "'align' is out of date" in refused and "resources changed" in refused
+    assert cli.main(["align", *settings]) == 0
     assert {path: path.stat().st_mtime_ns for path in made} == made

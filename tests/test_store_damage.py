@@ -132,7 +132,7 @@ KINDS = [flip_bits] * 12 + [truncate] * 4 + [overwrite] * 2 + [swap, mix, mix, r
 
 @pytest.mark.parametrize("coding", CODINGS)
 @pytest.mark.parametrize(
-    ("seed", "damages"), [(0, 520), *(pytest.param(s, 4000, marks=pytest.mark.soak) for s in range(1, 5))]
+    ("seed", "damages"), [(0, 260), *(pytest.param(s, 4000, marks=pytest.mark.soak) for s in range(1, 5))]
 )
 def test_no_damage_gives_other_targets_and_verify_reports_every_one(tmp_path, coding, seed, damages):
     whole = write_store(tmp_path / "whole", coding)
