@@ -41,7 +41,7 @@ def test_an_interval_is_student_s() -> None:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_row_of_the_evidence_is_a_valid_student_that_differs_in_one_thing(quick: bool) -> None:
+def test_every_row_of_the_evidence_is_a_valid_student_that_differs_in_what_it_says(quick: bool) -> None:
     rows = (*evidence.ROWS, *evidence.WHY)
     tables = {row.student(0): row.variant(0, quick) for row in rows}
     config = build(Config(), {"student": {"variants": tables}}, "")
@@ -58,22 +58,33 @@ def test_every_row_of_the_evidence_is_a_valid_student_that_differs_in_one_thing(
         ]
         changed = [f"{section}.{name}" for section, values in row.changes.items() for name in values]
         assert sorted(differing) == sorted(changed), row.name
-        assert len(changed) <= 1 + (row in evidence.WHY), row.name
+        assert len(changed) <= 1 + (row in evidence.WHY) + (row.base == evidence.FLAT_MAIN), row.name
+        little = student.schedule.final_learning_rate_ratio == 0.5
+        assert ("little decay" in row.label) == little == (row.base == evidence.FLAT_MAIN)
 
 
-def test_fewer_errors_are_counted_against_the_better_human_only_student_of_each_run() -> None:
+def test_fewer_errors_are_counted_against_the_best_human_only_student_of_each_run() -> None:
     chosen = dict.fromkeys((row.name for row in evidence.ROWS), 0)
-    systems = ["teacher", *(row.student(0) for row in evidence.ROWS[1:])]
-    human = evidence.ROWS[0].student(0)
+    students = {row.name: row.student(0) for row in evidence.ROWS}
+    human, flat = students["human-only"], students["human-only-flat"]
     runs = []
     for final, early, rate in ((20.0, 25.0, 15.0), (30.0, 24.0, 12.0)):
-        rates = {**dict.fromkeys(systems, rate), f"{human}-final": final, f"{human}-early": early}
+        rates = {**dict.fromkeys(["teacher", *students.values()], rate), students["flat"]: 2 * rate}
+        rates |= {
+            f"{human}-final": final,
+            f"{human}-early": early,
+            f"{flat}-final": 40.0,
+            f"{flat}-early": 26.0,
+        }
         runs.append({name: dict.fromkeys(("all", "clean", "noisy"), value) for name, value in rates.items()})
     lines = evidence.tables(runs, chosen).splitlines()
     rates, fewer = (line.split("|") for line in lines if "sources mixed" in line)
     assert rates[3].startswith(" 13.5 [")
     assert fewer[2].startswith(" 37.5 [")  # of 25 % and 50 %
     assert fewer[5].startswith(" 0.0 [")  # as many as the main row
+    _, fewer = (line.split("|") for line in lines if "one source after the other, little" in line)
+    assert fewer[2].startswith(" 37.5 [")
+    assert fewer[5].startswith(" 50.0 [")  # half as many as the interleaved one with little decay
 
 
 def test_the_noisy_rate_is_the_mean_of_the_noisy_conditions() -> None:
