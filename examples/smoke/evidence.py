@@ -57,7 +57,12 @@ class Row:
         steps = STEPS // 8 if quick else STEPS
         tables: Tables = {
             "workers": 1,
-            "schedule": {"steps": steps, "warmup_steps": 30, "validate_every_steps": steps // 6},
+            "schedule": {
+                "steps": steps,
+                "warmup_steps": 30,
+                "final_learning_rate_ratio": 0.05,
+                "validate_every_steps": steps // 6,
+            },
             "optimisation": {
                 "method": "exact",
                 "learning_rate": 2.0**exponent,
@@ -133,9 +138,10 @@ class Evidence:
             "human_minutes": scale * human_minutes,
             "unlabelled_minutes": scale * TIMES * HUMAN_MINUTES,
             "shard_minutes": scale * SHARD_MINUTES,
+            "dev_minutes": 1.0 if quick else 3.0,
         }
         settings: dict[str, dict[str, Any]] = {
-            "corpus": corpus | ({"dev_minutes": 1.0, "test_minutes": 1.0} if quick else {}),
+            "corpus": corpus | ({"test_minutes": 1.0} if quick else {}),
             "decode": {"acoustic_scales": [0.15, 0.2, 0.3, 0.45], "beam": 12.0, "max_active": 2000}
             | {"speed_seconds": 0.0},
         }

@@ -64,7 +64,7 @@ def main() -> None:
         events, flat = (
             arguments.folder.resolve() / f"{seed}-{split}-{name}" for name in ("events", "transcripts")
         )
-        settings = [f"seed={seed}", f"corpus.split={split}"]
+        settings = [f"seed={seed}", f"corpus.split={split}", "corpus.dev_minutes=3.0", "decode.beam=12.0"]
         known = walk([f"folder={events}", *settings])
         found = walk(
             [f"folder={flat}", *settings, f"data.folder={events / 'corpus'}", "align.source=transcripts"]

@@ -25,6 +25,7 @@ METHODS = ("exact", "gtc", "bmuf", "two-tiers")
 MICRO_BATCHES, BATCH_FRAMES, VALIDATIONS = 6144, 240, 4
 MOST_MOMENTUM = 1 - 1 / 16  # 64 workers' own, 1 - 1/64, would need 192 blocks, more than there are steps
 NETWORK = {"layers": 2, "cells": 64, "dropout": 0.0}  # smaller than smoke.toml's: there are many trainings
+SETTINGS = {"corpus": {"dev_minutes": 3.0}, "decode": {"beam": 12.0}}  # these, too
 FIRST_EXPONENT = {"exact": 0, "gtc": 0, "bmuf": -2, "two-tiers": -1}  # where the search of a rate begins
 FILLED = 3  # times 1 / (1 - momentum): so many blocks a run has at least, or the filter never fills
 
@@ -74,6 +75,7 @@ class Cell:
             "mode": "interleaved",
             "steps": self.steps,
             "warmup_steps": self.steps // 50,
+            "final_learning_rate_ratio": 0.05,
             "validate_every_steps": self.steps // VALIDATIONS,
         }
         optimisation: dict[str, Any] = {
@@ -165,7 +167,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     splits = dict.fromkeys(options.seeds, SPLIT) | {CHOICE_SEED: CHOICE_SPLIT}
-    runs, cells = Experiments(options.folder, splits), list_cells(options)
+    runs, cells = Experiments(options.folder, splits, SETTINGS), list_cells(options)
     runs.prepare(CHOICE_SEED, {cell.name(e): cell.variant(e) for cell in cells for e in EXPONENTS})
     with ThreadPoolExecutor(JOBS) as pool:
         found = list(pool.map(lambda cell: choose_exponent(runs, cell), cells))
