@@ -106,7 +106,7 @@ ROWS = (
     Row(DENSE, "(e) all posteriors"),
 )
 
-COMPARED = (MAIN, "sequential", "multiplier-1", FLAT_MAIN, "sequential-flat")  # with these
+COMPARED = (MAIN, "sequential", "multiplier-1", FLAT_MAIN, "sequential-flat", "even-flat")  # with these
 WHY = (
     Row("turns-9", "turns of 9 machine-labelled steps, not 3", {"schedule": {"machine_turn_steps": 9}}),
     Row(
