@@ -34,7 +34,7 @@ test: $(INSTALLED) ## every law at its smallest size, files side by side on at m
 test-system: $(INSTALLED) ## what needs Debian packages or root
 	$(PYTEST) -m system
 
-soak: $(INSTALLED) ## the full counts of kills and damages
+soak: $(INSTALLED) ## the full counts of kills, damages and launches
 	$(PYTEST) -m soak
 
 check: $(INSTALLED) ## lint, format, types, links
@@ -46,7 +46,7 @@ check: $(INSTALLED) ## lint, format, types, links
 bench: $(INSTALLED) ## every performance figure that RESULTS.md claims, as ratios in one run
 	$(BIN)/python benchmarks/bench.py
 
-results: $(INSTALLED) ## the tables of RESULTS.md: five seeds of what machine labels bring; methods by workers (hours)
+results: $(INSTALLED) ## the tables of RESULTS.md: the smoke experiment, scheduled learning, methods by workers (hours)
 	$(BIN)/python examples/smoke/results.py
 	$(BIN)/python examples/smoke/evidence.py
 	$(BIN)/python examples/smoke/methods.py

@@ -79,16 +79,17 @@ def _describe(config: Config, planned: _Planned) -> str:
     workers = planned.workers
     kind = "bidirectional" if network.bidirectional else "unidirectional"
     delay = f", output delay {network.output_delay_frames} frames" if network.output_delay_frames else ""
+    dropout = f", dropout {network.dropout:g}" if network.dropout else ""
     return "\n".join(
         [
-            f"  network     {network.layers} x {network.cells} {kind} LSTM{delay}, "
-            f"{parameters / 1e6:.2f} M parameters with {config.senones.target} senones",
+            f"  network     {network.layers} x {network.cells} {kind} LSTM{delay}{dropout}, {network.normalisation} "
+            f"normalisation, {parameters / 1e6:.2f} M parameters with {config.senones.target} senones",
             f"  schedule    {plan.describe()}",
             f"  first steps {draw_turns(plan)} ({LEGEND})",
             *(f"              {line}" for line in draw_learning_rates(plan)),
             f"  sub-epochs  {_describe_sub_epochs(plan)}",
             f"  loss        {_describe_loss(planned.loss, plan, config.label)}",
-            f"  a step      {_describe_step(optimisation)}",
+            f"  a step      {_describe_step(optimisation, plan)}",
             f"  workers     {workers} in this process without a launcher, the launched ones under one",
             f"  method      {optimisation.method}{_describe_method(optimisation, workers)}",
             f"  data        {optimisation.batch_frames} frames a step and worker: "
@@ -115,8 +116,8 @@ def _describe_loss(loss: HardLoss, plan: Plan, label: Label) -> str:
     texts = []
     if "human" in plan.sources:
         smoothing = f", {loss.label_smoothing:g} of it for all senones alike" if loss.label_smoothing else ""
-        soft_share = loss.soft_share if isinstance(loss, Loss) else 0.0
-        teacher = f"; {100 * soft_share:g} % from the teacher's posteriors" if soft_share else ""
+        soft = loss if isinstance(loss, Loss) and loss.soft_share else None
+        teacher = f"; {100 * soft.soft_share:g} % with {_describe_posteriors(soft, label)}" if soft else ""
         texts.append(f"human: cross-entropy with the label{smoothing}{teacher}")
     if "machine" in plan.sources and isinstance(loss, Loss):
         texts.append(f"machine: cross-entropy with {_describe_posteriors(loss, label)}")
@@ -137,7 +138,7 @@ def _describe_posteriors(loss: Loss, label: Label) -> str:
     return text
 
 
-def _describe_step(optimisation: Optimisation) -> str:
+def _describe_step(optimisation: Optimisation, plan: Plan) -> str:
     """A worker's, before anything is exchanged."""
     chunk, masking = optimisation.chunk_frames, optimisation.masking
     parts = [
@@ -149,10 +150,11 @@ def _describe_step(optimisation: Optimisation) -> str:
     if masking.sources and masking.frequency_masks:
         parts.append(f"{masking.frequency_masks} masks of up to {masking.frequency_mask_mels} mel bands")
     if masking.sources and masking.time_masks:
-        share = f"{masking.time_mask_frames} frames, or {100 * masking.time_mask_share:g} % of the utterance"
+        share = f"{masking.time_mask_frames} frames and {100 * masking.time_mask_share:g} % of the utterance"
         parts.append(f"{masking.time_masks} masks of up to {share}")
     if len(masking.sources) == 1 and (masking.frequency_masks or masking.time_masks):
-        parts.append(f"masks on {masking.sources[0]}-labelled alone")
+        unused = "" if masking.sources[0] in plan.sources else ": not here, where none is trained on"
+        parts.append(f"masks on {masking.sources[0]}-labelled alone{unused}")
     return ", ".join(parts)
 
 
@@ -162,17 +164,17 @@ def _describe_method(optimisation: Optimisation, workers: int) -> str:
     gtc = f"density {optimisation.density:g}"
     gtc += f", reached from 1e-2 in {optimisation.ramp_steps} steps" if optimisation.ramp_steps else ""
     gtc += ", multi-quantum" * optimisation.multi_quantum
+    gtc += f", {optimisation.codec} messages" if optimisation.codec != "auto" else ""
     momentum = optimisation.block_momentum
     size = optimisation.group_size if method == "two-tiers" else 1
-    groups = f"groups of {size} by gtc"
-    groups += (
-        f" (an error with {workers} workers: {size} has to divide their number)" if workers % size else ""
-    )
-    default = f"{1 - size / workers:.4g} with so many workers"
+    groups = f"groups of {size} by gtc, {gtc}" if size > 1 else "groups of 1, which is bmuf"
+    if workers % size:
+        groups += f" (an error with {workers} workers: {size} has to divide their number)"
+    default = "by their number" if workers % size else f"{1 - size / workers:.4g} with so many workers"
     blocks = f"blocks of {optimisation.block_steps} steps, block momentum "
     blocks += default if momentum is None else f"{momentum:g}"
     blocks += f", {optimisation.local_state} local state, {optimisation.wire} updates"
-    texts = {"exact": "", "gtc": gtc, "bmuf": blocks, "two-tiers": f"{groups}, {gtc}; {blocks}"}
+    texts = {"exact": "", "gtc": gtc, "bmuf": blocks, "two-tiers": f"{groups}; {blocks}"}
     exact = method in ("gtc", "bmuf", "two-tiers") and optimisation.exact_steps
     text = texts[method] + (f", after {optimisation.exact_steps} exact steps" if exact else "")
     return f": {text}" if text else ""

@@ -9,11 +9,15 @@ _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{r
 
 
 class _Log:
-    """For tqdm, which writes over its own line: where that cannot be, a line for each state."""
+    """For tqdm, which writes over its own line: where that cannot be, a line for each state that is another."""
+
+    def __init__(self) -> None:
+        self._last = ""
 
     def write(self, text: str) -> None:
-        if text.strip():
-            sys.stderr.write(f"{text.strip()}\n")
+        if text.strip() not in ("", self._last):
+            self._last = text.strip()
+            sys.stderr.write(f"{self._last}\n")
 
     def flush(self) -> None:
         sys.stderr.flush()

@@ -70,9 +70,14 @@ class Schedule(Section):
         super().__post_init__()
         needed = f"below steps, which is {self.steps}"
         require(self.warmup_steps < self.steps, "schedule.warmup_steps", self.warmup_steps, needed)
-        needed = f"below {self.num_sub_epochs}, the number of validations in {self.steps} steps, or 0"
+        # The first is the best so far, and the last ends the training anyway.
+        needed = (
+            f"0, or at least two below {self.num_sub_epochs}, the number of validations in {self.steps} steps"
+        )
         waits = self.stop_after_validations
-        require(not waits or waits < self.num_sub_epochs, "schedule.stop_after_validations", waits, needed)
+        require(
+            not waits or waits <= self.num_sub_epochs - 2, "schedule.stop_after_validations", waits, needed
+        )
         needed = f"at most {self.num_sub_epochs}, the number of validations in {self.steps} steps"
         enough = self.average_models <= self.num_sub_epochs
         require(enough, "schedule.average_models", self.average_models, needed)

@@ -299,9 +299,12 @@ def test_no_more_models_are_averaged_than_there_are_validations(toml: Path) -> N
 def test_a_training_that_no_validation_could_stop_is_refused(toml: Path) -> None:
     schedule = "student.variants.a.schedule"
     settings = [f"{schedule}.steps=10", f"{schedule}.validate_every_steps=4"]
-    load(toml, [*settings, f"{schedule}.stop_after_validations=2"])
-    message = refusal(toml, *settings, f"{schedule}.stop_after_validations=3")
-    assert f"{schedule}.stop_after_validations = 3: it must be below 3, the number of validations" in message
+    load(toml, [*settings, f"{schedule}.stop_after_validations=1"])
+    message = refusal(toml, *settings, f"{schedule}.stop_after_validations=2")
+    assert (
+        f"{schedule}.stop_after_validations = 2: it must be 0, or at least two below 3, the number of"
+        in message
+    )
 
 
 def test_masks_that_are_wider_than_the_features_are_refused_before_anything_runs(toml: Path) -> None:

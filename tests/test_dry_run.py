@@ -1,4 +1,4 @@
-"""`--dry-run` tells of every setting of a training: one that is changed changes what is told of the training."""
+"""`--dry-run` tells the settings of a training: one that is changed changes what is told of the training."""
 
 import re
 from dataclasses import replace
@@ -24,6 +24,9 @@ def told(*settings: str, student: str = "gtc") -> str:
     ("setting", "text"),
     [
         ("student.network.output_delay_frames=2", "output delay 2 frames"),
+        ("student.network.dropout=0.3", "dropout 0.3"),
+        ("student.network.normalisation=speaker", "speaker normalisation"),
+        ("student.optimisation.codec=words", "words messages"),
         ("student.schedule.held_out_utterances=7", "also on 7 machine-labelled utterances"),
         ("student.schedule.machine_shards=3", "machine-labelled from the first 3 shards alone"),
         ("student.schedule.stop_after_validations=2", "stops after 2 without a lower frame error"),
@@ -39,7 +42,7 @@ def told(*settings: str, student: str = "gtc") -> str:
         ("student.optimisation.clip_norm=0.5", "gradient clipped to norm 0.5"),
         ("student.optimisation.momentum=0.8", "momentum 0.8"),
         ("student.optimisation.masking.frequency_masks=2", "2 masks of up to 12 mel bands"),
-        ("student.optimisation.masking.time_masks=2", "2 masks of up to 23 frames, or 20 % of the utterance"),
+        ("student.optimisation.masking.time_masks=2", "2 masks of up to 23 frames and 20 % of the utterance"),
         (
             "student.optimisation.exact_steps=9",
             "method      gtc: density 0.1, multi-quantum, after 9 exact steps",
@@ -73,13 +76,18 @@ def test_two_tiers_tell_their_groups_and_the_block_momentum_across_them() -> Non
     text = told(*words, "student.variants.bmuf.workers=8", student="bmuf")
     assert "two-tiers: groups of 2 by gtc, density 0.01; blocks of 5 steps, block momentum 0.75 with" in text
     odd = told(*words, "student.variants.bmuf.workers=3", student="bmuf")
-    assert "groups of 2 by gtc (an error with 3 workers: 2 has to divide their number)" in odd
+    assert "density 0.01 (an error with 3 workers: 2 has to divide their number); blocks" in odd
+    assert "block momentum by their number" in odd
+    one = told(*words, "student.variants.bmuf.optimisation.group_size=1", student="bmuf")
+    assert "two-tiers: groups of 1, which is bmuf; blocks of 5 steps" in one
 
 
 def test_masks_of_one_source_are_told_as_such() -> None:
     masking = "student.optimisation.masking"
     assert "masks on human-labelled alone" in told(f"{masking}.time_masks=1", f"{masking}.sources=['human']")
     assert "masks on" not in told(f"{masking}.time_masks=1")
+    unused = told(f"{masking}.time_masks=1", f"{masking}.sources=['machine']", student="human-only")
+    assert "masks on machine-labelled alone: not here, where none is trained on" in unused
 
 
 @pytest.mark.parametrize("setting", ["held_out_utterances=7", "machine_shards=3"])
@@ -90,7 +98,7 @@ def test_what_human_labels_alone_do_not_use_is_told(setting: str) -> None:
 
 def test_a_share_of_posteriors_on_human_labels_is_told() -> None:
     text = told("student.loss.soft_share=0.3", "label.human=true")
-    assert "cross-entropy with the label; 30 % from the teacher's posteriors; machine: " in text
+    assert "with the label; 30 % with the best 20 of 20 stored posteriors, renormalised; machine: " in text
 
 
 def test_all_stored_posteriors_are_told_as_all() -> None:
@@ -100,9 +108,17 @@ def test_all_stored_posteriors_are_told_as_all() -> None:
 
 
 @pytest.mark.parametrize("source", ["human", "machine"])
-def test_the_chart_names_the_highest_rate(source: str) -> None:
-    """Of all steps: with so fast a decay no column begins at the warm-up's end."""
-    settings = ["student.schedule.final_learning_rate_ratio=1e-3", "student.schedule.warmup_steps=37"]
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "final_learning_rate_ratio=1e-3 warmup_steps=37",  # so fast that no column begins at the warm-up's end
+        "final_learning_rate_ratio=1e-9 warmup_steps=400",  # the highest is within the warm-up
+        "decay=sub-epoch final_learning_rate_ratio=0.02 validate_every_steps=30 warmup_steps=31",
+        "mode=sequential warmup_steps=5",
+    ],
+)
+def test_the_chart_names_the_highest_rate_of_all_steps(source: str, changed: str) -> None:
+    settings = [f"student.variants.gtc.schedule.{setting}" for setting in changed.split()]
     gtc = load(SMOKE, settings).student_variants()["gtc"]
     plan = Plan(gtc.schedule, gtc.optimisation.learning_rate)
     rates = [part.learning_rate for step in plan for part in step.portions if part.source == source]

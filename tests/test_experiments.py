@@ -82,9 +82,15 @@ def test_fewer_errors_are_counted_against_the_best_human_only_student_of_each_ru
     assert rates[3].startswith(" 13.5 [")
     assert fewer[2].startswith(" 37.5 [")  # of 25 % and 50 %
     assert fewer[5].startswith(" 0.0 [")  # as many as the main row
-    _, fewer = (line.split("|") for line in lines if "one source after the other, little" in line)
+    _, fewer = (
+        line.split("|") for line in lines if line.startswith("| (c) one source after the other, little")
+    )
     assert fewer[2].startswith(" 37.5 [")
     assert fewer[5].startswith(" 50.0 [")  # half as many as the interleaved one with little decay
+    assert lines[-2] == (
+        "fewer errors, %, interleaved, little decay against one source after the other, little decay: "
+        "all -100.0 [-100.0, -100.0], clean -100.0 [-100.0, -100.0], noisy -100.0 [-100.0, -100.0]"
+    )
 
 
 def test_the_noisy_rate_is_the_mean_of_the_noisy_conditions() -> None:

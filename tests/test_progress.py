@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from teacherstudent import progress
 from teacherstudent.progress import hours_bar
 
 
@@ -16,6 +17,17 @@ def test_a_log_gets_a_line_at_the_beginning_and_one_at_the_end(capsys: pytest.Ca
     assert last.startswith("features: 100%")
     assert "2.00/2.00 h" in last
     assert "loss=1.25" in last
+
+
+def test_a_line_comes_when_its_time_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    with progress.hours_bar(7200, "features") as bar:
+        for _ in range(4):
+            bar.update(1800)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("|")[0] for line in lines] == [f"features: {n:3d}%" for n in (0, 25, 50, 75, 100)]
 
 
 def test_a_terminal_sees_one_line_written_over(

@@ -239,7 +239,7 @@ def test_one_source_after_the_other_is_not_stopped_before_the_other_has_come(tmp
 
 
 def test_a_training_that_gets_better_is_not_stopped(tmp_path: Path) -> None:
-    run(scheduled(tmp_path, stop_after_validations=SCHEDULE.num_sub_epochs - 1))
+    run(scheduled(tmp_path, stop_after_validations=SCHEDULE.num_sub_epochs - 2))
     assert read_log(tmp_path)[-1]["step"] == STEPS
     assert not any("stopped" in line for line in read_log(tmp_path))
 

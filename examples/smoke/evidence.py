@@ -106,7 +106,9 @@ ROWS = (
     Row(DENSE, "(e) all posteriors"),
 )
 
-COMPARED = (MAIN, "sequential", "multiplier-1", FLAT_MAIN, "sequential-flat", "even-flat")  # with these
+PAIRS = ((FLAT_MAIN, "sequential-flat"), (FLAT_MAIN, "sequential"))  # the first against the second
+COMPARED = ("human-only", MAIN, "sequential", "multiplier-1")  # with these,
+COMPARED += tuple(row.name for row in ROWS if row.base == FLAT_MAIN)  # and with all that have little decay
 WHY = (
     Row("turns-9", "turns of 9 machine-labelled steps, not 3", {"schedule": {"machine_turn_steps": 9}}),
     Row(
@@ -220,7 +222,16 @@ def tables(runs: list[Rates], chosen: Mapping[str, int]) -> str:
             for condition in conditions
         ]
         fewer.append(f"| {label} | {' | '.join(gains)} |")
-    return "\n".join([*rates, "", *fewer])
+    return "\n".join([*rates, "", *fewer, "", *_compare_pairs(runs, chosen)])
+
+
+def _compare_pairs(runs: list[Rates], chosen: Mapping[str, int]) -> Iterator[str]:
+    rows = {row.name: row for row in ROWS}
+    for pair in PAIRS:
+        ours, other = (rows[name].student(chosen[name]) for name in pair)
+        labels = " against ".join(rows[name].label.removeprefix("(c) ") for name in pair)
+        figures = [f"{name} {_fewer(runs, ours, [other], name)}" for name in runs[0]["teacher"]]
+        yield f"fewer errors, %, {labels}: {', '.join(figures)}"
 
 
 def _systems(chosen: Mapping[str, int]) -> Iterator[tuple[str, str, str, str]]:

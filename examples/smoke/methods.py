@@ -25,7 +25,7 @@ METHODS = ("exact", "gtc", "bmuf", "two-tiers")
 MICRO_BATCHES, BATCH_FRAMES, VALIDATIONS = 6144, 240, 4
 MOST_MOMENTUM = 1 - 1 / 16  # 64 workers' own, 1 - 1/64, would need 192 blocks, more than there are steps
 NETWORK = {"layers": 2, "cells": 64, "dropout": 0.0}  # smaller than smoke.toml's: there are many trainings
-SETTINGS = {"corpus": {"dev_minutes": 3.0}, "decode": {"beam": 12.0}}  # these, too
+SETTINGS = {"corpus": {"dev_minutes": 3.0}, "decode": {"beam": 12.0}}  # as they were when it was measured
 FIRST_EXPONENT = {"exact": 0, "gtc": 0, "bmuf": -2, "two-tiers": -1}  # where the search of a rate begins
 FILLED = 3  # times 1 / (1 - momentum): so many blocks a run has at least, or the filter never fills
 

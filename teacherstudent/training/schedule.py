@@ -173,9 +173,10 @@ class Plan:
         warmup = (
             f", warm-up over {schedule.warmup_steps} steps, to {first:g}" if schedule.warmup_steps else ""
         )
+        aligned = ", turns aligned to blocks" if schedule.align_turns_to_blocks else ""
         steady = ", constant in a sub-epoch" if schedule.decay == "sub-epoch" else ""
         rates = f"learning rate {self.base_learning_rate:g} decaying to {last:g}"
-        return f"{schedule.mode}: {self._describe_sources()}; {len(self)} steps, {rates}{steady}{warmup}"
+        return f"{schedule.mode}: {self._describe_sources()}; {len(self)} steps, {rates}{steady}{warmup}{aligned}"
 
     def _describe_sources(self) -> str:
         schedule = self.schedule

@@ -18,11 +18,11 @@ def draw_learning_rates(plan: Plan, width: int = 60, height: int = 4) -> list[st
     """For each source a picture of its learning rate over the steps, all of one scale; below, where sub-epochs end.
 
     A column stands for equally many steps (but for rounding) and shows the rate at the first of them that trains on
-    the source, and nothing where none does. The figure is the highest rate, a column's or the warm-up's last.
+    the source, and nothing where none does. The figure is the highest rate of all steps.
     """
     width = min(width, len(plan))
     rates = {source: _sample(plan, source, width) for source in reversed(plan.sources)}
-    tops = {source: max(*row, _rate_after_warmup(plan, source)) for source, row in rates.items()}
+    tops = {source: _highest_rate(plan, source) for source in rates}
     highest = max(tops.values())
     labels = {source: f"{source:<7} {top:<8.3g}" for source, top in tops.items()}
     lines = []
@@ -36,9 +36,10 @@ def draw_learning_rates(plan: Plan, width: int = 60, height: int = 4) -> list[st
     return lines
 
 
-def _rate_after_warmup(plan: Plan, source: SourceName) -> float:
-    step = plan.next_step(source, max(0, plan.schedule.warmup_steps - 1))
-    return _rate(plan, source, step) if step < len(plan) else 0.0
+def _highest_rate(plan: Plan, source: SourceName) -> float:
+    """Within the warm-up or at the first step after it: later on rates fall."""
+    first, last = (plan.next_step(source, step) for step in (0, max(0, plan.schedule.warmup_steps - 1)))
+    return max(_rate(plan, source, step) for step in range(first, min(last + 1, len(plan))))
 
 
 def _rate(plan: Plan, source: SourceName, step: int) -> float:
