@@ -124,3 +124,11 @@ def test_the_chart_names_the_highest_rate_of_all_steps(source: str, changed: str
     rates = [part.learning_rate for step in plan for part in step.portions if part.source == source]
     [label] = re.findall(rf"^ +{source} +(\S+) +│", told(*settings), re.MULTILINE)
     assert label == f"{max(rates):.3g}"
+
+
+def test_a_source_whose_turn_never_comes_is_drawn_empty() -> None:
+    schedule = "student.variants.gtc.schedule"
+    text = told(f"{schedule}.steps=2", f"{schedule}.warmup_steps=0")
+    assert "human   0 " in text
+    assert "machine 1.5 " in text
+    assert "machine 2 steps" in text

@@ -39,7 +39,7 @@ def draw_learning_rates(plan: Plan, width: int = 60, height: int = 4) -> list[st
 def _highest_rate(plan: Plan, source: SourceName) -> float:
     """Within the warm-up or at the first step after it: later on rates fall."""
     first, last = (plan.next_step(source, step) for step in (0, max(0, plan.schedule.warmup_steps - 1)))
-    return max(_rate(plan, source, step) for step in range(first, min(last + 1, len(plan))))
+    return max((_rate(plan, source, step) for step in range(first, min(last + 1, len(plan)))), default=0.0)
 
 
 def _rate(plan: Plan, source: SourceName, step: int) -> float:
