@@ -10,9 +10,9 @@ from teacherstudent.config import (
     HardLoss,
     Label,
     Loss,
-    Network,
     Optimisation,
-    Schedule,
+    Student,
+    Teacher,
     to_toml,
 )
 from teacherstudent.data.features import FRAME_SHIFT_SECONDS, STACKED_FRAMES
@@ -23,15 +23,12 @@ from teacherstudent.training.schedule_drawing import LEGEND, draw_learning_rates
 
 @dataclass(frozen=True)
 class _Planned:
-    network: Network
-    schedule: Schedule
-    optimisation: Optimisation
-    loss: HardLoss
+    training: Teacher | Student
     workers: int
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.schedule, self.optimisation.learning_rate)
+        return Plan(self.training.schedule, self.training.optimisation.learning_rate)
 
 
 def describe(config: Config, step: str) -> str:
@@ -56,25 +53,17 @@ def _trainings(config: Config, step: str) -> dict[str, _Planned]:
     trainings: dict[str, _Planned] = {}
     workers = config.distributed.workers
     if step in ("teacher", "run"):
-        teacher = config.teacher
-        trainings["teacher"] = _Planned(
-            teacher.network, teacher.schedule, teacher.optimisation, teacher.loss, workers
-        )
+        trainings["teacher"] = _Planned(config.teacher, workers)
     if step in ("student", "run"):
         for name, student in config.student_variants().items():
             if config.student.only in ("", name):
-                trainings[f"student {name}"] = _Planned(
-                    student.network,
-                    student.schedule,
-                    student.optimisation,
-                    student.loss,
-                    student.workers or workers,
-                )
+                trainings[f"student {name}"] = _Planned(student, student.workers or workers)
     return trainings
 
 
 def _describe(config: Config, planned: _Planned) -> str:
-    network, optimisation, plan = planned.network, planned.optimisation, planned.plan
+    training, plan = planned.training, planned.plan
+    network, optimisation = training.network, training.optimisation
     parameters = num_parameters(network, config.senones.target, _num_features(config.features))
     workers = planned.workers
     kind = "bidirectional" if network.bidirectional else "unidirectional"
@@ -88,7 +77,7 @@ def _describe(config: Config, planned: _Planned) -> str:
             f"  first steps {draw_turns(plan)} ({LEGEND})",
             *(f"              {line}" for line in draw_learning_rates(plan)),
             f"  sub-epochs  {_describe_sub_epochs(plan)}",
-            f"  loss        {_describe_loss(planned.loss, plan, config.label)}",
+            f"  loss        {_describe_loss(training.loss, plan, config.label)}",
             f"  a step      {_describe_step(optimisation, plan)}",
             f"  workers     {workers} in this process without a launcher, the launched ones under one",
             f"  method      {optimisation.method}{_describe_method(optimisation, workers)}",
@@ -102,13 +91,17 @@ def _describe_sub_epochs(plan: Plan) -> str:
     schedule = plan.schedule
     text = f"{plan.num_sub_epochs} of {min(schedule.validate_every_steps, len(plan))} steps, each with a validation"
     if schedule.held_out_utterances:
-        unused = "" if "machine" in plan.sources else ": not here, where none is trained on"
-        text += f", also on {schedule.held_out_utterances} machine-labelled utterances{unused}"
+        number = schedule.held_out_utterances
+        text += f", also on {number} machine-labelled utterances{_unless_used(plan, 'machine')}"
     if schedule.stop_after_validations:
         text += f"; stops after {schedule.stop_after_validations} without a lower frame error"
     if schedule.average_models:
         text += f"; the {schedule.average} {schedule.average_models} models are averaged"
     return text
+
+
+def _unless_used(plan: Plan, source: str) -> str:
+    return "" if source in plan.sources else ": not here, where none is trained on"
 
 
 def _describe_loss(loss: HardLoss, plan: Plan, label: Label) -> str:
@@ -153,8 +146,8 @@ def _describe_step(optimisation: Optimisation, plan: Plan) -> str:
         share = f"{masking.time_mask_frames} frames and {100 * masking.time_mask_share:g} % of the utterance"
         parts.append(f"{masking.time_masks} masks of up to {share}")
     if len(masking.sources) == 1 and (masking.frequency_masks or masking.time_masks):
-        unused = "" if masking.sources[0] in plan.sources else ": not here, where none is trained on"
-        parts.append(f"masks on {masking.sources[0]}-labelled alone{unused}")
+        [source] = masking.sources
+        parts.append(f"masks on {source}-labelled alone{_unless_used(plan, source)}")
     return ", ".join(parts)
 
 
@@ -175,8 +168,8 @@ def _describe_method(optimisation: Optimisation, workers: int) -> str:
     blocks += default if momentum is None else f"{momentum:g}"
     blocks += f", {optimisation.local_state} local state, {optimisation.wire} updates"
     texts = {"exact": "", "gtc": gtc, "bmuf": blocks, "two-tiers": f"{groups}; {blocks}"}
-    exact = method in ("gtc", "bmuf", "two-tiers") and optimisation.exact_steps
-    text = texts[method] + (f", after {optimisation.exact_steps} exact steps" if exact else "")
+    exact = optimisation.exact_steps if method != "exact" else 0
+    text = texts[method] + (f", after {exact} exact steps" if exact else "")
     return f": {text}" if text else ""
 
 
@@ -194,7 +187,7 @@ def _describe_data(plan: Plan, batch_frames: int, workers: int) -> str:
         f"{source} {plan.num_steps(source)} steps, {hours[source]:.1f} hours" for source in plan.sources
     )
     shards = plan.schedule.machine_shards
-    unused = "" if "machine" in plan.sources else ": not here, where none is trained on"
+    unused = _unless_used(plan, "machine")
     of_shards = f"; machine-labelled from the first {shards} shards alone{unused}" if shards else ""
     return f"at most {sum(hours.values()):.1f} hours of audio ({each}){of_shards}"
 

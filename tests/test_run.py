@@ -94,9 +94,8 @@ def test_a_second_run_does_nothing_and_changes_nothing(
     folder = copy_without(tiny_experiment, tmp_path / "again")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
     assert cli.main(["run", str(TINY), f"folder={folder}"]) == 0
-    assert capsys.readouterr().out.count("done before") == 7 + len(
-        STUDENTS
-    )  # the page alone is made every time
+    # The page alone is made every time.
+    assert capsys.readouterr().out.count("done before") == 7 + len(STUDENTS)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")} == before
 
 
