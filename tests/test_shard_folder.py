@@ -2,13 +2,18 @@
 shard; and an utterance is found among any number of shards.
 """
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import re
 import shutil
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import fsspec
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -118,6 +123,17 @@ def test_a_shard_that_was_damaged_on_its_way_is_refused_and_does_not_stay(tmp_pa
     TargetStore(url, None, tmp_path / "cache").verify()
 
 
+def test_a_cache_on_a_file_system_without_locks_is_refused_with_what_to_do(tmp_path, remote, monkeypatch):
+    def refuse(file, kind):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(
+        ValueError, match=r"cache is on a file system without locks .*: keep the cache on a local"
+    ):
+        TargetStore(remote[0], None, tmp_path / "cache")
+
+
 def test_a_shard_without_its_hash_is_refused(tmp_path, remote):
     files, folder = fsspec.url_to_fs(remote[0])
     files.rm_file(f"{folder}/targets.000000.h5.sha256")
@@ -142,11 +158,55 @@ def test_stores_of_two_urls_do_not_mix_in_one_cache(tmp_path):
             assert read_all(store) == read_all(TargetStore(folder))
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+def test_who_opens_a_shard_keeps_it_though_others_want_its_room(tmp_path, remote, monkeypatch, was_there):
+    """Two readers of a cache for one shard, the second in the moment between a look at it and its opening."""
+    url, folder = remote
+    truth = read_all(TargetStore(folder))
+    size = max(path.stat().st_size for path in folder.glob("*.h5"))
+    stores = [TargetStore(url, None, tmp_path / "cache", cache_bytes=size) for _ in range(3)]
+    if was_there:
+        stores[2].decode(3, "s3-u0")
+    others, open_file = [], h5py.File
+
+    def open_late(path, *arguments, **options):
+        if not others and Path(path).name == "targets.000003.h5":
+            others.append(ThreadPoolExecutor(1).submit(stores[1].decode, 4, "s4-u0"))
+            wait(others, timeout=0.5)  # time enough for what must not happen; it is not waited for otherwise
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(h5py, "File", open_late)
+    for found, utterance_id in ((stores[0].decode(3, "s3-u1"), "s3-u1"), (others[0].result(60), "s4-u0")):
+        assert [part.tolist() for part in found] == truth[utterance_id]
+    assert cached_bytes(tmp_path / "cache") <= size
+
+
+def test_downloads_under_way_count_against_the_limit(tmp_path, monkeypatch):
+    """One that is not there yet takes its room from those that were used longest ago."""
+    folder = write_store(tmp_path / "original")
+    cache, size = tmp_path / "cache", max(path.stat().st_size for path in folder.glob("*.h5"))
+    store = TargetStore(f"file://{folder}", None, cache, cache_bytes=2 * size)
+    files = type(fsspec.filesystem("file"))
+    get_file, seen = files.get_file, []
+
+    def get_slowly(self, remote, local, **options):
+        if "000001" in remote:
+            Path(local).write_bytes(b"")  # as any download begins
+            ThreadPoolExecutor(1).submit(store.decode, 2, "s2-u0").result(60)
+            seen.append(sorted(path.name for path in cache.glob("*/*.h5")))
+        return get_file(self, remote, local, **options)
+
+    monkeypatch.setattr(files, "get_file", get_slowly)
+    TargetStore(f"file://{folder}", None, cache, cache_bytes=2 * size).decode(1, "s1-u0")
+    assert seen == [["targets.000002.h5"]]
+
+
 def read_in_process(arguments):
     url, cache, seed = arguments
+    store_module._OPEN_SHARDS = 1
     store = TargetStore(url, None, cache, cache_bytes=40_000)  # two shards
     draw, found = np.random.default_rng(seed), {}
-    for _ in range(15):
+    for _ in range(100):
         number, place = draw.integers(NUM_SHARDS), draw.integers(3)
         utterance_id = f"s{number}-u{place}"
         found[utterance_id] = [part.tolist() for part in store.decode(int(number), utterance_id)]

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -31,11 +31,11 @@ from teacherstudent.files import hash_file, write_text
 BLOCK_FRAMES = 256  # frames under one checksum, and in one HDF5 chunk
 _BUFFER_BLOCKS = 16  # written, or read in order, at a time
 
-_FETCHES = 3
 _OPEN_FILES = 128  # at a time and thread, however many shards there are
 _opened = threading.local()
 
 Arrays = dict[str, NDArray[Any]]
+Hold = Callable[[Path], AbstractContextManager[None]]
 
 
 def shard_path(folder: Path | str, stem: str, number: int) -> Path:
@@ -225,20 +225,20 @@ class PackedShard:
     """Reads one shard, by utterance or in order; every byte is checked before it is handed out.
 
     Opened when first used, and again after a fork; may be pickled (it is reopened by path). Everything raised
-    about the file is a ValueError that names it, and the utterance where there is one. `fetch`, if given, is called
-    with the path before the file is opened, and brings it there.
+    about the file is a ValueError that names it, and the utterance where there is one. `hold`, if given, is called
+    with the path to open the file: it brings it there, and keeps it for as long as its context lasts.
     """
 
-    def __init__(self, path: Path | str, fetch: Callable[[Path], None] | None = None) -> None:
+    def __init__(self, path: Path | str, hold: Hold | None = None) -> None:
         self.path = Path(path)
-        self._fetch = fetch
+        self._hold = hold
         self._file: h5py.File | None = None
         self._datasets: dict[str, h5py.Dataset] = {}
         self._process_id = -1
         self._loaded: Index | None = None
 
-    def __reduce__(self) -> tuple[type["PackedShard"], tuple[Path, Callable[[Path], None] | None]]:
-        return type(self), (self.path, self._fetch)
+    def __reduce__(self) -> tuple[type["PackedShard"], tuple[Path, Hold | None]]:
+        return type(self), (self.path, self._hold)
 
     def __repr__(self) -> str:
         return f"PackedShard({str(self.path)!r})"
@@ -338,12 +338,12 @@ class PackedShard:
         return self._file
 
     def _open_file(self) -> h5py.File:
-        for _ in range(_FETCHES):  # another process may make room in the cache, of this one's shard
-            if self._fetch is not None:
-                self._fetch(self.path)
-            with suppress(FileNotFoundError), naming(self.path):
+        try:
+            with self._hold(self.path) if self._hold else nullcontext(), naming(self.path):
                 return h5py.File(self.path, "r", rdcc_nbytes=0)  # whole blocks are read: no use keeping them
-        raise ValueError(f"{self.path}: no such shard. Run {packed_index.writer_of(self.path.name)}")
+        except FileNotFoundError as error:
+            what = f"no such shard. Run {packed_index.writer_of(self.path.name)}"
+            raise ValueError(f"{self.path}: {what}") from error
 
     def _close_the_oldest(self) -> None:
         """Of this thread's shards, where there are too many; it is opened again when it is used again.

@@ -1,7 +1,8 @@
 """Where shards lie: in a local folder, or at any URL that fsspec opens (s3://, gs://, …) behind a local cache.
 
 The cache holds whole shards, each checked against the SHA-256 beside the original, and no more bytes than it may.
-Processes share it: files appear complete under their names, and the one that was used longest ago makes room.
+Processes share it, by one lock: files come and go while nobody else looks, and the one that was used longest ago
+makes room.
 """
 
 import fcntl
@@ -9,7 +10,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import fsspec
 import h5py
 
-from teacherstudent.data.packed import PackedShard, count_shards, hash_line, hash_path, shard_path
+from teacherstudent.data.packed import Hold, PackedShard, count_shards, hash_line, hash_path, shard_path
 from teacherstudent.data.packed_index import naming, read_index
 from teacherstudent.files import hash_file, hash_text
 
@@ -49,14 +50,14 @@ class ShardFolder:
         self.is_remote = "://" in self.url
         place = self.cache_folder / hash_text(self.url)[:16]
         self._local = place if self.is_remote else Path(self.url)
-        self._fetch: Callable[[Path], None] | None = None
+        self._hold: Hold | None = None
         if self.is_remote:
-            self._fetch = _Cache(self.cache_folder, self.url, cache_bytes).fetch
+            self._hold = _Cache(self.cache_folder, self.url, cache_bytes).hold
         self.num_shards = count_shards(self._names(), self.url, stem)
 
     def open(self, number: int) -> PackedShard:
         """Not read before it is used."""
-        return PackedShard(shard_path(self._local, self.stem, number), self._fetch)
+        return PackedShard(shard_path(self._local, self.stem, number), self._hold)
 
     def name(self, number: int) -> str:
         return shard_path(self.url, self.stem, number).name
@@ -126,58 +127,102 @@ class _Cache:
         self._url = url
         self._max_bytes = max_bytes
 
-    def fetch(self, path: Path) -> None:
-        """Make sure that `path`, a shard in the cache, holds what the original holds now."""
-        files, folder = _open_url(self._url)
-        remote = f"{folder}/{path.name}"
+    @contextmanager
+    def hold(self, path: Path) -> Iterator[None]:
+        """While it lasts `path`, a shard in the cache, is there and holds what the original held when it began.
+
+        Whoever opens the shard meanwhile keeps it, also when it makes room afterwards.
+        """
+        line, beside = self._original_line(path), hash_path(path)
+        with self._locked(fcntl.LOCK_SH):
+            if path.exists() and beside.exists() and beside.read_text(encoding="utf-8") == line:
+                os.utime(path)  # used now: the last to make room
+                yield
+                return
+        partial = self._download(path, line)
         try:
-            line = files.cat_file(str(hash_path(Path(remote)))).decode()
-        except FileNotFoundError as error:
-            what = f"{path.name} has no {hash_path(path).name} beside it, which says what it must hold"
-            raise ValueError(f"{self._url}: {what}. Copy it there too") from error
-        beside = hash_path(path)
-        if path.exists() and beside.exists() and beside.read_text(encoding="utf-8") == line:
-            os.utime(path)  # used now: the last to make room
-            return
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-        try:
-            self._reserve(path, partial, int(files.size(remote)))
-            files.get_file(remote, str(partial))
-            if hash_line(path, hash_file(partial)) != line:
-                what = f"{path.name} is not what {beside.name} says: it is damaged, or was being written"
-                raise ValueError(f"{self._url}: {what}. Try again, or write the shard again")
-            partial.replace(path)
-            beside.write_text(line, encoding="utf-8")
+            with self._locked(fcntl.LOCK_EX):
+                beside.unlink(missing_ok=True)  # a kill in between leaves a shard that is fetched anew
+                partial.replace(path)
+                beside.write_text(line, encoding="utf-8")
+                yield
         finally:
             partial.unlink(missing_ok=True)
 
-    def _reserve(self, path: Path, partial: Path, num_bytes: int) -> None:
+    def _original_line(self, path: Path) -> str:
+        """What the file beside the original says that it holds."""
+        files, folder = _open_url(self._url)
+        name = hash_path(path).name
+        try:
+            return str(files.cat_file(f"{folder}/{name}").decode())
+        except FileNotFoundError as error:
+            what = f"{path.name} has no {name} beside it, which says what it must hold"
+            raise ValueError(f"{self._url}: {what}. Copy it there too") from error
+
+    def _download(self, path: Path, line: str) -> Path:
+        """The shard, checked, beside the place that it shall have."""
+        files, folder = _open_url(self._url)
+        remote = f"{folder}/{path.name}"
+        partial = self._reserve(path, int(files.size(remote)))
+        try:
+            files.get_file(remote, str(partial))
+            if hash_line(path, hash_file(partial)) != line:
+                what = f"{path.name} is not what {hash_path(path).name} says: it is damaged, or was being written"
+                raise ValueError(f"{self._url}: {what}. Try again, or write the shard again")
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return partial
+
+    def _reserve(self, path: Path, num_bytes: int) -> Path:
         """Take the room of a file before it is there, so that all downloads together keep to the limit."""
         if num_bytes > self._max_bytes:
             what = f"the cache may hold {self._max_bytes} bytes, {path.name} has {num_bytes}"
             raise ValueError(f"{self._url}: {what}: raise cache_bytes")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.{num_bytes}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self._folder / ".lock"):
+        with self._locked(fcntl.LOCK_EX):
             self._make_room(num_bytes)
-            with partial.open("wb") as file:
-                file.truncate(num_bytes)
+            partial.touch()
+        return partial
 
     def _make_room(self, num_bytes: int) -> None:
         """Those used longest ago go first; who has one of them open keeps what is open."""
         states = []
         for path in (*self._folder.glob("*/*.h5"), *self._folder.glob("*/.*.partial")):
             try:
-                states.append((path.stat(), path))
+                states.append((path.stat().st_mtime, path, _bytes_of(path)))
             except FileNotFoundError:
-                continue  # another process was faster
-        total = sum(state.st_size for state, _ in states) + num_bytes
-        for state, path in sorted(states, key=lambda pair: (pair[0].st_mtime, pair[1])):
+                continue  # a download that failed, or what somebody removed
+        total = sum(size for _, _, size in states) + num_bytes
+        for time_used, path, size in sorted(states):
             if total <= self._max_bytes:
                 return
-            if path.suffix == ".h5" or time.time() - state.st_mtime > _ABANDONED_SECONDS:
+            if path.suffix == ".h5" or time.time() - time_used > _ABANDONED_SECONDS:
                 hash_path(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-                total -= state.st_size
+                total -= size
+
+    @contextmanager
+    def _locked(self, kind: int) -> Iterator[None]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, kind)
+            except OSError as error:
+                what = f"{self._folder} is on a file system without locks ({error.strerror})"
+                raise ValueError(
+                    f"{what}: keep the cache on a local disk (cache_folder, or XDG_CACHE_HOME)"
+                ) from error
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open too
+
+
+def _bytes_of(path: Path) -> int:
+    """What a file of the cache takes, or will take: a download has that in its name."""
+    return path.stat().st_size if path.suffix == ".h5" else int(path.name.split(".")[-2])
 
 
 def _open_url(url: str) -> tuple[Any, str]:
@@ -189,10 +234,3 @@ def _open_url(url: str) -> tuple[Any, str]:
             f"{url}: {error}. Install what fsspec needs for it, or copy the store here"
         ) from error
     return files, folder.rstrip("/")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
