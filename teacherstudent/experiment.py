@@ -33,6 +33,8 @@ _FIRST_READER = {
     "decode": "evaluate",
 }
 
+_LISTED = 20  # settings that differ
+
 
 class Experiment:
     """The folder of one experiment, opened for one configuration.
@@ -49,25 +51,7 @@ class Experiment:
     def _check_folder(self) -> None:
         saved = self.folder / "config.toml"
         if saved.is_file():
-            there = flatten(tomllib.loads(saved.read_text(encoding="utf-8")))
-            here = flatten(tomllib.loads(to_toml(self.config)))
-            first = flatten(
-                tomllib.loads(to_toml(Config()))
-            )  # a setting that did not exist then has its default
-            differing = [
-                key for key in sorted(there | here) if there.get(key, first.get(key)) != here.get(key)
-            ]
-            records = [path.stem for path in sorted(self.path("steps").glob("*.json"))]
-            if stale := [step for step in records if any(_reads(step, key) for key in differing)]:
-                rows = [f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differing]
-                place = self.path("steps")
-                raise ValueError(
-                    f"{self.folder} has steps that were done, or begun, with other settings:\n"
-                    + "\n".join(rows)
-                    + "\n"
-                    "Give these a folder of their own (folder=OTHER); or do those steps again, by removing their "
-                    f"records: rm {' '.join(f'{place}/{step}.json' for step in stale)}"
-                )
+            self._check_settings(flatten(tomllib.loads(saved.read_text(encoding="utf-8"))))
         elif self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file: name a new folder (folder=OTHER)")
         elif self.folder.is_dir() and any(
@@ -76,6 +60,25 @@ class Experiment:
             raise ValueError(
                 f"{self.folder} is not empty and holds no experiment: name a new folder (folder=OTHER)"
             )
+
+    def _check_settings(self, there: dict[str, Any]) -> None:
+        """There are those of the folder, flat; one that did not exist then has its default."""
+        here, first = flatten(tomllib.loads(to_toml(self.config))), flatten(tomllib.loads(to_toml(Config())))
+        differing = [key for key in sorted(there | here) if there.get(key, first.get(key)) != here.get(key)]
+        begun = [path.stem for path in sorted(self.path("steps").glob("*.json"))]
+        read = {key: [step for step in begun if _reads(step, key)] for key in differing}
+        stale = sorted(set().union(*read.values()))
+        if not stale:
+            return
+        rows = [f"  {key}: {there.get(key)!r} there, {here.get(key)!r} now" for key in differing if read[key]]
+        if len(rows) > _LISTED:
+            rows[_LISTED:] = [f"  and {len(rows) - _LISTED} more"]
+        records = " ".join(f"{self.path('steps')}/{step}.json" for step in stale)
+        raise ValueError(
+            "\n".join([f"{self.folder} has steps that were done, or begun, with other settings:", *rows])
+            + "\nGive these a folder of their own (folder=OTHER); or do those steps again, by removing their "
+            f"records: rm {records}"
+        )
 
     def create(self) -> None:
         """Make the folder and save the resolved configuration in it."""
