@@ -5,8 +5,9 @@
 
 A claim is given up by whoever held it, or taken over when its worker is dead: a process of this machine that is not
 there any more at once, one of another machine when its number has stood still for `lease_seconds`. They are counted on
-the watcher's own clock, so clocks need not agree. A worker that was only slow may lose a claim and not know: two may
-then do the same work, so it must do no harm to do it twice.
+the watcher's own clock, so clocks need not agree. Whoever removes a claim holds the lock FOLDER.lock, so that it is the
+one that was looked at. A worker that was only slow may lose a claim and not know: two may then do the same work, so it
+must do no harm to do it twice; nor where the file system has no locks.
 """
 
 import json
@@ -21,8 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from teacherstudent.files import write_text
+from teacherstudent.locks import lock_if_possible, remove_abandoned
+
 _BEATS_PER_LEASE = 10  # a few may be lost
 _MAX_POLL_SECONDS = 2.0
+_SHORT_WAIT = 2  # polls
 _WORKER = "worker."
 
 
@@ -36,6 +41,9 @@ class Claims:
         self, folder: Path, lease_seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.folder, self.lease_seconds = folder, lease_seconds
+        self._lock = folder.with_name(
+            f"{folder.name}.lock"
+        )  # beside it, since the folder goes with the last worker
         self.poll_seconds = min(lease_seconds / _BEATS_PER_LEASE, _MAX_POLL_SECONDS)
         self._token = secrets.token_hex(8)
         self._clock = clock
@@ -65,18 +73,19 @@ class Claims:
             self.folder.rmdir()
 
     def _arrive(self) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # who left last removed the folder this moment
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.beat()
-            return True
-        return False
+        except (FileExistsError, FileNotFoundError):  # who left last removed the folder this moment
+            if self.folder.exists() and not self.folder.is_dir():
+                raise
+            return False
+        return True
 
     def beat(self) -> None:
         """Say that this worker lives."""
         self._beats += 1
-        temporary = self._path(f".{self._token}")
-        temporary.write_text(json.dumps(_this_process() | {"beats": self._beats}), encoding="utf-8")
-        temporary.replace(self._path(_WORKER + self._token))
+        write_text(self._path(_WORKER + self._token), json.dumps(_this_process() | {"beats": self._beats}))
 
     def _beat_on(self) -> None:
         while not self._leaving.wait(self.lease_seconds / _BEATS_PER_LEASE):
@@ -93,19 +102,22 @@ class Claims:
         if not self._is_abandoned(name, owner):
             return False
         self._remove(name, owner)
-        return self._create(name)
+        return self._create(name)  # unless a third is quicker
 
     def release(self, name: str) -> None:
         """Give a claim up; one that was taken over is left to its new holder."""
         self._held.discard(name)
-        if _read(self._path(name)) == self._token:
-            self._path(name).unlink(missing_ok=True)
+        self._remove(name, self._token)
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[None]:
-        """Wait for a claim, and hold it for the length of a `with` block."""
+    def hold(self, name: str, tell: Callable[[], None] | None = None) -> Iterator[None]:
+        """Wait for a claim, and hold it for the length of a `with` block. tell: called when it takes long."""
+        num_polls = 0
         while not self.take(name):
             self._leaving.wait(self.poll_seconds)
+            num_polls += 1
+            if num_polls == _SHORT_WAIT and tell is not None:
+                tell()
         try:
             yield
         finally:
@@ -133,28 +145,25 @@ class Claims:
         return now - since >= self.lease_seconds
 
     def _remove(self, name: str, owner: str) -> None:
-        """By a rename, which one of several succeeds in; what turns out to be a newer claim is put back."""
-        aside = self._path(f".{name}.{self._token}")
-        with suppress(FileNotFoundError):
-            self._path(name).rename(aside)
-            if _read(aside) == owner:
-                aside.unlink()
-            elif self._path(name).exists():
-                aside.unlink()  # a third was quicker: two do the same work
-            else:
-                aside.rename(self._path(name))
+        """The claim, if it is still this owner's."""
+        with lock_if_possible(self._lock):
+            if _read(self._path(name)) == owner:
+                self._path(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what workers of this machine left behind that died, when nothing is left to do."""
-        for path in self.folder.iterdir():
-            owner = path.name.removeprefix(_WORKER) if path.name.startswith(_WORKER) else _read(path)
-            beat = _read(self._path(f"{_WORKER}{owner}")) if owner else None
-            if beat is not None and _is_dead(beat) and not path.name.startswith(_WORKER):
-                path.unlink(missing_ok=True)
+        remove_abandoned(self.folder, ".*")
+        dead = set()
         for path in self.folder.glob(f"{_WORKER}*"):
             beat = _read(path)
             if beat is not None and _is_dead(beat):
-                path.unlink(missing_ok=True)
+                dead.add(path.name.removeprefix(_WORKER))
+        for path in self.folder.iterdir():
+            owner = None if path.name.startswith(_WORKER) else _read(path)
+            if owner in dead:
+                self._remove(path.name, owner)
+        for owner in dead:  # after their claims, which say whose they are by it
+            self._path(_WORKER + owner).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / name

@@ -17,6 +17,7 @@ from teacherstudent.claims import Claims
 from teacherstudent.config import Config, to_toml
 from teacherstudent.data.packed import hash_path
 from teacherstudent.files import hash_file, hash_text, write_json, write_text
+from teacherstudent.locks import remove_abandoned
 from teacherstudent.settings import flatten
 
 # Without resources and report, which look anew every time.
@@ -49,14 +50,13 @@ class Experiment:
         self._check_folder()
 
     def _check_folder(self) -> None:
-        saved = self.folder / "config.toml"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: name a new folder (folder=OTHER)")
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        saved = self.folder / "config.toml"  # looked for last: another process may begin at this moment
         if saved.is_file():
             self._check_settings(flatten(tomllib.loads(saved.read_text(encoding="utf-8"))))
-        elif self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file: name a new folder (folder=OTHER)")
-        elif self.folder.is_dir() and any(
-            not path.name.startswith((".", "log")) for path in self.folder.iterdir()
-        ):
+        elif not all(name.startswith((".", "log")) for name in names):
             raise ValueError(
                 f"{self.folder} is not empty and holds no experiment: name a new folder (folder=OTHER)"
             )
@@ -102,8 +102,11 @@ class Experiment:
     # -- which steps are done ------------------------------------------------------------------------------
 
     def _record(self, step: str) -> dict[str, Any]:
-        path = self.path("steps", f"{step}.json")
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            found: dict[str, Any] = json.loads(self.path("steps", f"{step}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return found
 
     def _hash(self, step: str) -> str:
         """Of all that a step wrote."""
@@ -158,8 +161,7 @@ class Experiment:
         """Record a step as done, with the hashes of the files that it wrote."""
         hashes = {self._name(path): _hash_output(path) for path in sorted(outputs)}
         self._write_record(step, self._record(step) | {"outputs": hashes})
-        for left in self.path("steps").glob(f".{step}.json.*"):  # by a process that died
-            left.unlink(missing_ok=True)
+        remove_abandoned(self.path("steps"), f".{step}.json.*")
 
     def _brought(self) -> list[tuple[str, Path]]:
         """What the data that lie elsewhere are called in the records, in any folder: data/human, data/lexicon, …"""

@@ -7,6 +7,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from teacherstudent.locks import create_locked
+
 
 def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
@@ -41,8 +43,10 @@ def split_lines(text: str) -> list[str]:
 def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old contents or the new, never half."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with create_locked(temporary) as file:
+        file.write(text.encode("utf-8"))
+        file.flush()
+        temporary.replace(path)
 
 
 def write_json(path: Path, contents: Any) -> None:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -48,6 +48,7 @@ class Step:
     together: Together | None = None
     network: Network | None = None  # that every worker trains
     workers: int = 0  # in-process ones, where it has a number of its own
+    shared: bool = False  # separate launches work at it together, and may come and go
     always: bool = False  # run it each time: it is quick, and looks at what may have changed outside
 
 
@@ -74,7 +75,7 @@ def find_steps(experiment: Experiment, name: str) -> list[Step]:
         Step("align", ("corpus", "resources", "prepare"), ("align",), alone=align),
         Step("senones", ("resources", "prepare", "align"), ("senones",), alone=tie_senones),
         Step("teacher", labelled, ("teacher",), together=train_teacher, network=teacher.network),
-        Step("label", ("prepare", "teacher"), ("targets", "targets-human"), together=label),
+        Step("label", ("prepare", "teacher"), ("targets", "targets-human"), together=label, shared=True),
         *(
             Step(
                 f"student-{student_name}",
@@ -134,28 +135,37 @@ def _run_alone(experiment: Experiment, comm: Communicator, step: Step, function:
 
 
 def _run_together(experiment: Experiment, comm: Communicator, step: Step, function: Together) -> None:
-    if comm.rank == 0:
-        with _recording(experiment, step):
+    with ExitStack() as alone:  # this launch, unless others may work at the step too
+        if comm.rank == 0:
+            alone.enter_context(_recording(experiment, step))
             if not experiment.is_done(step.record, step.after):
                 experiment.begin(step.record, step.after, step.folders)
-    comm.barrier()
-    started = time.time()
-    work = partial(function, experiment)
-    settings = experiment.config.distributed
-    settings = replace(settings, workers=step.workers or settings.workers)
-    outputs = run_workers(comm, settings, work, _worker_bytes(experiment, step))
-    if comm.rank == 0:
-        with _recording(experiment, step):
-            if not experiment.is_done(step.record, step.after):  # who came first has written it
-                experiment.finish(step.record, outputs)
-        _note(experiment, comm, step, started)
+            if step.shared:
+                alone.close()
+        comm.barrier(math.inf)  # rank 0 may have waited for another launch, which has done the step
+        if not step.shared and _agree_done(experiment, comm, step):
+            return
+        started = time.time()
+        work = partial(function, experiment)
+        settings = experiment.config.distributed
+        settings = replace(settings, workers=step.workers or settings.workers)
+        outputs = run_workers(comm, settings, work, _worker_bytes(experiment, step))
+        if comm.rank == 0:
+            with _recording(experiment, step) if step.shared else nullcontext():
+                if not experiment.is_done(step.record, step.after):  # who came first has written it
+                    experiment.finish(step.record, outputs)
+            _note(experiment, comm, step, started)
     comm.barrier(math.inf)
 
 
 @contextmanager
 def _recording(experiment: Experiment, step: Step) -> Iterator[None]:
     """One process at a time, of those that were started separately on this folder, writes a step's record."""
-    with experiment.claims() as claims, claims.hold(f"record.{step.record}"):
+
+    def tell() -> None:
+        print(f"{step.record}: another process is at it: waiting until it is done", flush=True)
+
+    with experiment.claims() as claims, claims.hold(f"record.{step.record}", tell):
         yield
 
 

@@ -4,10 +4,15 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A machine that stalls for a moment is no error of the code; what takes long is seen by its test's own limits.
+hypothesis.settings.register_profile("teacherstudent", deadline=None)
+hypothesis.settings.load_profile("teacherstudent")
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.toml"
@@ -43,6 +48,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, reason in targets.items():
             if name in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Shards and catalogues are kept in a folder of the tests', also by the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,19 @@
 """One worker at a time has a claim; the claims of the dead are taken over, those of the living never."""
 
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from teacherstudent import claims as claims_module
 from teacherstudent.claims import Claims
 
 LEASE = 1000.0  # seconds of the clock below
@@ -124,6 +128,64 @@ def test_a_newer_claim_is_not_removed_for_an_older_one(tmp_path: Path) -> None:
         (tmp_path / "a").write_text("newer")
         claims._remove("a", "older")
         assert (tmp_path / "a").read_text() == "newer"
+
+
+def test_of_two_that_take_over_at_the_same_time_one_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, others = claims_module._read, []
+
+    def read_late(path: Path) -> str | None:
+        """The second comes when the first has seen for the last time whose the claim is."""
+        found = read(path)
+        if found == "dead" and inspect.stack()[1].function == "_remove" and not others:
+            others.append(pool.submit(second.take, "a"))
+            wait(others, timeout=0.5)  # time enough for what must not happen; it is not waited for otherwise
+        return found
+
+    monkeypatch.setattr(claims_module, "_read", read_late)
+    monkeypatch.setattr(Claims, "_is_abandoned", lambda claims, name, owner: owner == "dead")
+    with ThreadPoolExecutor(1) as pool, Claims(tmp_path, LEASE) as first, Claims(tmp_path, LEASE) as second:
+        (tmp_path / "a").write_text("dead")
+        taken = [first.take("a"), others[0].result(60)]
+        assert sorted(taken) == [False, True]
+        assert (tmp_path / "a").read_text() == (first if taken[0] else second)._token
+
+
+def test_who_comes_when_the_last_one_leaves_comes_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, refused = Path.mkdir, []
+
+    def refuse_once(path: Path, *arguments: Any, **options: Any) -> None:
+        if not refused:  # the folder was there, and when mkdir looks what it is, it is not
+            refused.append(path)
+            raise FileExistsError(path)
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse_once)
+    with Claims(tmp_path / "claims", LEASE) as claims:
+        assert refused and claims.take("a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError), Claims(tmp_path / "file", LEASE):
+        pass
+
+
+def test_a_long_wait_is_told_once(tmp_path: Path) -> None:
+    told, release = [], threading.Event()
+
+    def tell() -> None:
+        told.append(1)
+        release.set()
+
+    def wait_for_it() -> None:
+        with Claims(tmp_path, lease_seconds=0.1) as second, second.hold("a", tell):
+            pass
+
+    with Claims(tmp_path, lease_seconds=0.1) as first, ThreadPoolExecutor(1) as pool:
+        with first.hold("a", tell):
+            waiting = pool.submit(wait_for_it)
+            assert release.wait(60)
+        waiting.result(60)
+    assert told == [1]
 
 
 def test_a_process_of_this_machine_that_was_killed_loses_its_claims_at_once_and_a_living_one_keeps_them(

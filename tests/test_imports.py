@@ -12,7 +12,7 @@ LAYERS = [
     "kaldi_topology language_model grammar speakers noise losses models posteriors pseudo_words schedule "
     "schedule_drawing progress processes pipeline shard_table shard_pairs shard_sequence table_files claims "
     "lstm masking target_codec store_arguments spelling scoring error_tables results_table "
-    "openfst lattice word_times vocabulary wheels partial_files",
+    "openfst lattice word_times vocabulary wheels locks",
     "conditions extraction feature_reader data_folders prefetch checkpoint packed_index packed manifests "
     "inference shard_folder target_shard catalogue codings store_export experiment dataset store batches model_average "
     "kaldi_tree alignment_index kaldi_alignments ctm textgrid kaldi_inventory training_graphs graph",

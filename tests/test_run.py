@@ -147,6 +147,24 @@ def test_processes_that_are_started_one_by_one_label_together_and_the_record_is_
     }
 
 
+def test_of_two_that_train_the_same_at_the_same_time_one_does_and_the_other_waits_for_it(
+    tiny_experiment: Path, tmp_path: Path
+) -> None:
+    folder = copy_without(tiny_experiment, tmp_path / "twice", "teacher")
+    command = [sys.executable, "-m", "teacherstudent", "teacher", str(TINY), f"folder={folder}"]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert hashes(folder) == hashes(tiny_experiment)
+    started = [json.loads(line) for line in (folder / "log" / "steps.jsonl").read_text().splitlines()]
+    before = (tiny_experiment / "log" / "steps.jsonl").read_text().count('"teacher"')
+    assert sum(line["step"] == "teacher" for line in started) == before + 1
+
+
 def test_an_error_of_one_launched_worker_ends_all_of_them(tiny_experiment: Path, tmp_path: Path) -> None:
     folder = copy_without(tiny_experiment, tmp_path / "broken", "student-gtc", "evaluate", "report")
     (folder / "targets" / "targets.000000.h5").write_bytes(b"not a store")

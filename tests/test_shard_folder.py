@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import sqlite3
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -21,6 +23,7 @@ import torch
 from teacherstudent import store as store_module
 from teacherstudent.data.packed import hash_path, shard_path
 from teacherstudent.store import TargetStore, TargetWriter
+from teacherstudent.targets import shard_folder
 from teacherstudent.targets.catalogue import build_catalogue, find_shards
 
 torch.set_num_threads(1)
@@ -199,6 +202,52 @@ def test_downloads_under_way_count_against_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "get_file", get_slowly)
     TargetStore(f"file://{folder}", None, cache, cache_bytes=2 * size).decode(1, "s1-u0")
     assert seen == [["targets.000002.h5"]]
+
+
+def _read_at_once(url, cache, cache_bytes, numbers):
+    """Each shard by a thread of its own, all begun before the first is there; the number of downloads."""
+    files = type(fsspec.filesystem("file"))
+    get_file, begun, start = files.get_file, [], threading.Barrier(len(numbers))
+
+    def get_together(self, remote, local, **options):
+        begun.append(remote)
+        if len(begun) <= len(numbers):  # not what had made room before it was opened, and is brought again
+            with suppress(threading.BrokenBarrierError):
+                start.wait(0.5 if len(set(numbers)) < len(numbers) else 60)
+        return get_file(self, remote, local, **options)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(numbers)) as pool:
+        stores = [TargetStore(url, None, cache, cache_bytes) for _ in numbers]
+        patch.setattr(files, "get_file", get_together)
+        patch.setattr(shard_folder, "_DOWNLOAD_LOCKS", 1 << 30)  # else two shards might wait for each other
+        found = list(pool.map(lambda store, number: store.read(number, f"s{number}-u0"), stores, numbers))
+    assert all(len(ids) == 20 for ids, _ in found)
+    return len(begun)
+
+
+def test_a_shard_that_several_want_at_once_is_downloaded_once(tmp_path):
+    folder = write_store(tmp_path / "original")
+    assert _read_at_once(f"file://{folder}", tmp_path / "cache", 1 << 20, [3] * 4) == 1
+
+
+def test_downloads_side_by_side_leave_no_more_than_the_limit(tmp_path):
+    folder = write_store(tmp_path / "original")
+    size = max(path.stat().st_size for path in folder.glob("*.h5"))
+    assert _read_at_once(f"file://{folder}", tmp_path / "cache", size, [1, 2, 3, 4]) >= 4
+    assert 0 < cached_bytes(tmp_path / "cache") <= size
+
+
+def test_what_a_killed_download_of_any_version_left_is_in_nobodys_way(tmp_path):
+    folder = write_store(tmp_path / "original")
+    size = max(path.stat().st_size for path in folder.glob("*.h5"))
+    store = TargetStore(f"file://{folder}", None, tmp_path / "cache", 2 * size)
+    place = next(path.parent for path in (tmp_path / "cache").glob("*/*.h5"))
+    for name in ("0123456789abcdef.partial", f"0123456789abcdef.{size}.partial"):
+        (place / f".targets.000000.h5.{name}").write_bytes(b"half")
+        os.utime(place / f".targets.000000.h5.{name}", (0, 0))
+    for number in range(NUM_SHARDS):
+        store.read(number, f"s{number}-u0")
+    assert not list(place.glob(".*")) and cached_bytes(tmp_path / "cache") <= 2 * size
 
 
 def read_in_process(arguments):

@@ -531,7 +531,7 @@ def test_a_worker_that_never_comes_is_named_by_its_number_among_all() -> None:
             ]  # its own place in the other group, or its own group's other rank
             assert str(caught.value).startswith(f"rank {comm.rank} waited for rank {awaited} until")
 
-    in_process(4, work, timeout_seconds=1)
+    in_process(4, work, timeout_seconds=3)
 
 
 @pytest.mark.parametrize("inner", ["gtc", "exact"])

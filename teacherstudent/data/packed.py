@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from teacherstudent.data import packed_index
 from teacherstudent.data.packed_index import Index, Layout, block_checksums, naming, read_index, write_index
-from teacherstudent.data.partial_files import lock, remove_abandoned
 from teacherstudent.files import hash_file, write_text
+from teacherstudent.locks import create_locked, remove_abandoned
 
 BLOCK_FRAMES = 256  # frames under one checksum, and in one HDF5 chunk
 _BUFFER_BLOCKS = 16  # written, or read in order, at a time
@@ -121,10 +121,10 @@ class PackedWriter:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(self.path)
+        remove_abandoned(self.path.parent, f".{self.path.name}.*.partial")
         # The version's metadata carries checksums; the lock is our own, and lasts until the file has its name.
-        self._file = h5py.File(self._partial, "x", libver="v110", locking=False)
-        self._lock = lock(self._partial)
+        self._lock = create_locked(self._partial)
+        self._file = h5py.File(self._partial, "w", libver="v110", locking=False)
         for name, layout in self._layouts.items():
             self._file.create_dataset(
                 f"arrays/{name}",

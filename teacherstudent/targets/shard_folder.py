@@ -1,8 +1,8 @@
 """Where shards lie: in a local folder, or at any URL that fsspec opens (s3://, gs://, …) behind a local cache.
 
-The cache holds whole shards, each checked against the SHA-256 beside the original, and no more bytes than it may.
-Processes share it, by one lock: files come and go while nobody else looks, and the one that was used longest ago
-makes room.
+The cache holds whole shards, each checked against the SHA-256 beside the original, and no more bytes than it may, but
+for downloads under way. Processes share it, by one lock: files come and go while nobody else looks, and the one that
+was used longest ago makes room. A shard that several want is brought once.
 """
 
 import fcntl
@@ -10,8 +10,9 @@ import hashlib
 import os
 import secrets
 import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import h5py
 from teacherstudent.data.packed import Hold, PackedShard, count_shards, hash_line, hash_path, shard_path
 from teacherstudent.data.packed_index import naming, read_index
 from teacherstudent.files import hash_file, hash_text
+from teacherstudent.locks import lock_file
 
 CACHE_BYTES = 20 << 30
 _ABANDONED_SECONDS = 3600.0  # a download that did not grow for so long is nobody's any more
+_DOWNLOAD_LOCKS = 16  # one for very many shards: two of them rarely wait for each other
 _REMOTE_BLOCK_BYTES = 1 << 16  # read at a time where only the ids of a shard are wanted
 
 
@@ -133,21 +136,36 @@ class _Cache:
 
         Whoever opens the shard meanwhile keeps it, also when it makes room afterwards.
         """
-        line, beside = self._original_line(path), hash_path(path)
-        with self._locked(fcntl.LOCK_SH):
-            if path.exists() and beside.exists() and beside.read_text(encoding="utf-8") == line:
-                os.utime(path)  # used now: the last to make room
-                yield
-                return
-        partial = self._download(path, line)
-        try:
-            with self._locked(fcntl.LOCK_EX):
-                beside.unlink(missing_ok=True)  # a kill in between leaves a shard that is fetched anew
-                partial.replace(path)
-                beside.write_text(line, encoding="utf-8")
-                yield
-        finally:
-            partial.unlink(missing_ok=True)
+        line = self._original_line(path)
+        while True:  # what was brought may have made room before it is held
+            with self._locked(fcntl.LOCK_SH):
+                if self._has(path, line):
+                    now = time.time_ns()  # the file system's own clock ticks in milliseconds
+                    os.utime(path, ns=(now, now))  # used now: the last to make room
+                    yield
+                    return
+            self._bring(path, line)
+
+    def _has(self, path: Path, line: str) -> bool:
+        beside = hash_path(path)
+        return path.exists() and beside.exists() and beside.read_text(encoding="utf-8") == line
+
+    def _bring(self, path: Path, line: str) -> None:
+        """Download the shard, unless another process does so at this moment: then wait for it."""
+        place = zlib.crc32(str(path).encode()) % _DOWNLOAD_LOCKS
+        with self._locked(fcntl.LOCK_EX, f".lock{place}"):
+            with self._locked(fcntl.LOCK_SH):
+                if self._has(path, line):
+                    return
+            partial, beside = self._download(path, line), hash_path(path)
+            try:
+                with self._locked(fcntl.LOCK_EX):
+                    beside.unlink(missing_ok=True)  # a kill in between leaves a shard that is fetched anew
+                    partial.replace(path)
+                    beside.write_text(line, encoding="utf-8")
+                    self._make_room(0)  # downloads side by side may have reserved more than there is
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _original_line(self, path: Path) -> str:
         """What the file beside the original says that it holds."""
@@ -203,26 +221,21 @@ class _Cache:
                 path.unlink(missing_ok=True)
                 total -= size
 
-    @contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
+    def _locked(self, kind: int, name: str = ".lock") -> ExitStack:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, kind)
-            except OSError as error:
-                what = f"{self._folder} is on a file system without locks ({error.strerror})"
-                raise ValueError(
-                    f"{what}: keep the cache on a local disk (cache_folder, or XDG_CACHE_HOME)"
-                ) from error
-            try:
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open too
+        try:
+            return lock_file(self._folder / name, kind)
+        except OSError as error:
+            what = f"{self._folder} is on a file system without locks ({error.strerror})"
+            raise ValueError(
+                f"{what}: keep the cache on a local disk (cache_folder, or XDG_CACHE_HOME)"
+            ) from error
 
 
 def _bytes_of(path: Path) -> int:
     """What a file of the cache takes, or will take: a download has that in its name."""
-    return path.stat().st_size if path.suffix == ".h5" else int(path.name.split(".")[-2])
+    reserved = path.name.split(".")[-2] if path.suffix == ".partial" else ""
+    return int(reserved) if reserved.isdecimal() else path.stat().st_size
 
 
 def _open_url(url: str) -> tuple[Any, str]:

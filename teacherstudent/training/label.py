@@ -23,7 +23,6 @@ import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +40,7 @@ from teacherstudent.data.prefetch import Readers, num_readers
 from teacherstudent.distributed import Communicator
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import write_json, write_text
+from teacherstudent.locks import remove_abandoned
 from teacherstudent.posteriors import TopK
 from teacherstudent.processes import compute_threads
 from teacherstudent.progress import HoursBar, hours_bar
@@ -102,7 +102,7 @@ def _label_part(experiment: Experiment, comm: Communicator, name: str) -> list[P
                 if name == UNLABELLED:  # human-labelled speech has one that looks at its labels, too
                     jobs = experiment.config.features.jobs
                     write_table(folder / TABLE, name, shards, open_targets(experiment, name), jobs)
-                _clean(folder)
+                remove_abandoned(folder, ".*")  # of workers that died: every shard is there
                 claims.sweep()
     comm.barrier(math.inf)
     return list_outputs(folder, len(shards), has_table=name == UNLABELLED)
@@ -372,10 +372,3 @@ def _tell(num_skipped: int, part: _Part, examples: list[list[str]]) -> str:
     rows = [f"  {name}: {why}" for name, why in examples[:_EXAMPLES]]
     told = f"{num_skipped} of {part.num_utterances} {part.name} utterances could not be labelled"
     return f"{told} ({part.folder}/left_out.*.json and skipped.jsonl list them):\n" + "\n".join(rows)
-
-
-def _clean(folder: Path) -> None:
-    """Remove what workers that died were writing: every shard is there, so nobody needs it any more."""
-    for path in folder.glob(".*"):
-        with suppress(FileNotFoundError):
-            path.unlink()
