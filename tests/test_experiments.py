@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "examples/smoke"))
 
 import evidence  # noqa: E402
 import methods  # noqa: E402
+import multiplier  # noqa: E402
 from experiments import CONFIG, EXPONENTS, Experiments, climb, interval  # noqa: E402
 
 
@@ -96,7 +97,7 @@ def test_fewer_errors_are_counted_against_the_best_human_only_student_of_each_ru
 def test_the_noisy_rate_is_the_mean_of_the_noisy_conditions() -> None:
     conditions = {"all": 9.0, "clean": 1.0, "20dB": 10.0, "10dB": 20.0}
     system = {"conditions": {name: {"word_error_rate": rate} for name, rate in conditions.items()}}
-    assert evidence._word_error_rates(system) == {"all": 9.0, "clean": 1.0, "noisy": 15.0}
+    assert evidence.word_error_rates(system) == {"all": 9.0, "clean": 1.0, "noisy": 15.0}
 
 
 def test_every_cell_of_the_methods_is_a_valid_student_and_all_read_as_much() -> None:
@@ -125,3 +126,22 @@ def test_a_configuration_is_the_smoke_experiment_s_but_for_what_is_given(
     assert (made.seed, made.corpus.split, made.corpus.unlabelled_speakers, made.label.k) == (5, 9, 32, 0)
     assert list(made.student_variants()) == ["one"]
     assert (made.teacher, made.corpus.human_speakers) == (smoke.teacher, smoke.corpus.human_speakers)
+
+
+def test_every_student_of_the_multipliers_is_valid_and_compared_with_multiplier_1_under_its_teacher() -> None:
+    students = multiplier.STUDENTS
+    tables = {student.name: student.row.variant(0, quick=False) for student in students}
+    config = build(Config(), {"student": {"variants": tables}}, "").student_variants()
+    chosen = dict.fromkeys(students, 0)
+    rates = {"good": 9.0, "poor": 20.0}
+    for student in students:
+        schedule = config[student.name].schedule
+        assert (schedule.machine_turn_steps, schedule.human_turn_steps) == (student.turn, 1)
+        assert schedule.human_learning_rate_multiplier == student.multiplier
+        rates[student.name] = 10.0 * student.turn / student.multiplier
+    run = {name: dict.fromkeys(("frames", "all"), rate) for name, rate in rates.items()}
+    lines = multiplier.table([run], chosen).splitlines()[4:]
+    for student, line in zip(students, lines, strict=True):
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[5] == f"{10.0 * student.turn / student.multiplier:.1f}"
+        assert cells[7] == ("" if student.multiplier == 1 else f"{100 - 100 / student.multiplier:.1f}")

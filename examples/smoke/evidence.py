@@ -29,6 +29,7 @@ from experiments import EXPONENTS, JOBS, ROOT, Experiments, Tables, climb, inter
 CHOICE_SEED = 0
 HUMAN_MINUTES, SHARD_MINUTES, TIMES = 20.0, 10.0, 10
 STEPS, BATCH_FRAMES, FIRST_EXPONENT = 1200, 1600, 0
+SPLITS = {seed: seed + 2 if seed != CHOICE_SEED else 0 for seed in range(1000)}  # of the speakers
 MAIN = "interleaved"
 FLAT_MAIN = "flat"
 FLAT: dict[str, Any] = {"final_learning_rate_ratio": 0.5}  # little decay; 0.05 in the other rows
@@ -130,27 +131,31 @@ WHY = (
 )
 
 
+def make_settings(quick: bool = False, human_minutes: float = HUMAN_MINUTES) -> dict[str, dict[str, Any]]:
+    """Of the corpus and of decoding, over those of smoke.toml."""
+    scale = 0.25 if quick else 1.0
+    corpus = {
+        "unlabelled_speakers": 32,
+        "human_minutes": scale * human_minutes,
+        "unlabelled_minutes": scale * TIMES * HUMAN_MINUTES,
+        "shard_minutes": scale * SHARD_MINUTES,
+        "dev_minutes": 1.0 if quick else 3.0,
+    }
+    return {
+        "corpus": corpus | ({"test_minutes": 1.0} if quick else {}),
+        "decode": {"acoustic_scales": [0.15, 0.2, 0.3, 0.45], "beam": 12.0, "max_active": 2000}
+        | {"speed_seconds": 0.0},
+    }
+
+
 class Evidence:
     """Every seed twice: with the 20 best posteriors, and, from the same teacher, with all of them."""
 
     def __init__(self, folder: Path, quick: bool, human_minutes: float = HUMAN_MINUTES) -> None:
-        scale = 0.25 if quick else 1.0
-        corpus = {
-            "unlabelled_speakers": 32,
-            "human_minutes": scale * human_minutes,
-            "unlabelled_minutes": scale * TIMES * HUMAN_MINUTES,
-            "shard_minutes": scale * SHARD_MINUTES,
-            "dev_minutes": 1.0 if quick else 3.0,
-        }
-        settings: dict[str, dict[str, Any]] = {
-            "corpus": corpus | ({"test_minutes": 1.0} if quick else {}),
-            "decode": {"acoustic_scales": [0.15, 0.2, 0.3, 0.45], "beam": 12.0, "max_active": 2000}
-            | {"speed_seconds": 0.0},
-        }
+        settings = make_settings(quick, human_minutes)
         self._quick = quick
-        splits = {seed: seed + 2 if seed != CHOICE_SEED else 0 for seed in range(1000)}
-        self._kept = Experiments(folder / "top20", splits, settings)
-        self._dense = Experiments(folder / "dense", splits, settings | {"label": {"k": 0}})
+        self._kept = Experiments(folder / "top20", SPLITS, settings)
+        self._dense = Experiments(folder / "dense", SPLITS, settings | {"label": {"k": 0}})
 
     def of(self, row: Row) -> Experiments:
         return self._dense if row.name == DENSE else self._kept
@@ -191,10 +196,10 @@ class Evidence:
             list(pool.map(lambda row: self.of(row).frame_error(row.student(chosen[row.name]), seed), ROWS))
         systems = self._kept.evaluate(seed)
         systems |= self._dense.evaluate(seed, f"decode.only={ROWS[-1].student(chosen[DENSE])}")
-        return {name: _word_error_rates(system) for name, system in systems.items()}
+        return {name: word_error_rates(system) for name, system in systems.items()}
 
 
-def _word_error_rates(system: Tables) -> dict[str, float]:
+def word_error_rates(system: Tables) -> dict[str, float]:
     rates = {name: part["word_error_rate"] for name, part in system["conditions"].items()}
     noisy = [rate for name, rate in rates.items() if name not in ("all", "clean")]
     return {"all": rates["all"], "clean": rates["clean"], "noisy": sum(noisy) / len(noisy)}

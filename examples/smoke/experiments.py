@@ -61,8 +61,9 @@ class Experiments:
         return min(self.validations(name, seed, "dev_frame_error")) if done else float("inf")
 
     def validations(self, name: str, seed: int, figure: str) -> list[float]:
-        """In the order in which they were made."""
-        text = (self.path(seed) / "students" / name / "log.jsonl").read_text(encoding="utf-8")
+        """Of a student, or of the teacher, in the order in which they were made."""
+        folder = self.path(seed) / ("teacher" if name == "teacher" else f"students/{name}")
+        text = (folder / "log.jsonl").read_text(encoding="utf-8")
         return [line[figure] for line in map(json.loads, text.splitlines()) if figure in line]
 
     def evaluate(self, seed: int, *settings: str) -> Tables:
