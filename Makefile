@@ -49,6 +49,7 @@ bench: $(INSTALLED) ## every performance figure that RESULTS.md claims, as ratio
 results: $(INSTALLED) ## the tables of RESULTS.md: the smoke experiment, scheduled learning, methods by workers (hours)
 	$(BIN)/python examples/smoke/results.py
 	$(BIN)/python examples/smoke/evidence.py
+	$(BIN)/python examples/smoke/multiplier.py
 	$(BIN)/python examples/smoke/methods.py
 
 results-quick: $(INSTALLED) ## the way to the second of them, on little speech: its figures say nothing (minutes)

@@ -3,9 +3,9 @@
     python examples/smoke/multiplier.py [--seeds 3 4 5 6 7] [--folder experiments/multiplier]
         [--teachers good poor]
 
-The interleaved students of evidence.py with little decay, after a good teacher or a poor one, trained for less. Each has a
-learning rate of its own, chosen as there, and is compared with multiplier 1 under the same teacher and turns, in frame
-errors on the development speakers and in words on the test speakers of seeds that no choice has seen.
+The interleaved students of evidence.py with little decay, after a good teacher or a poor one, trained for less. Each
+has a learning rate of its own, chosen as there, and is compared with multiplier 1 under the same teacher and turns, in
+frame errors on the development speakers and in words on the test speakers of seeds that no choice has seen.
 """
 
 import argparse
