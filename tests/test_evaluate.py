@@ -19,7 +19,7 @@ from teacherstudent.data.lexicon import Lexicon
 from teacherstudent.data.packed import PackedWriter, open_shards
 from teacherstudent.decoding.decode import Decoder
 from teacherstudent.decoding.error_tables import Utterance
-from teacherstudent.decoding.evaluate import _check, _compare, evaluate, find_systems
+from teacherstudent.decoding.evaluate import _check, _compare, _SystemDecoder, evaluate, find_systems
 from teacherstudent.decoding.graph import Graph
 from teacherstudent.decoding.graph_sources import build_graph
 from teacherstudent.decoding.lattice import read_lattices
@@ -293,6 +293,34 @@ def test_lattices_and_nbest_lists_say_what_the_hypotheses_say(tiny_experiment: P
             word for name in sorted(hypotheses) for word in hypotheses[name]
         ]
         assert all(0 < float(fields[5]) <= 1 for fields in ctm)
+
+
+def test_one_model_under_two_names_is_decoded_once_and_has_the_same_of_everything(
+    tiny_experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_experiment, tmp_path / "x")
+    students = tmp_path / "x" / "students" / "human-only"
+    shutil.copyfile(students / "final.pt", students / "best.pt")
+    decoded, transcribe = [], _SystemDecoder.transcribe
+
+    def count(decoder: _SystemDecoder, *arguments: Any) -> Any:
+        decoded.append(decoder.name)
+        return transcribe(decoder, *arguments)
+
+    monkeypatch.setattr(_SystemDecoder, "transcribe", count)
+    settings = ("decode.only=human-only", "decode.lattices=true", "decode.speed_seconds=0.1")
+    results = evaluate_copy(tiny_experiment, tmp_path / "x", [0.5], *settings)
+    assert decoded == ["human-only-final"]
+    final, early = (results["systems"][f"human-only-{name}"] for name in ("final", "early"))
+    assert final.pop("label") != early.pop("label")
+    assert final == early
+    folder = tmp_path / "x" / "evaluate"
+    for path in folder.glob("**/human-only-final.*"):
+        twin = path.with_name(path.name.replace("final", "early"))
+        assert twin.read_bytes() == path.read_bytes()
+    assert len(list(folder.glob("**/human-only-early.*"))) == 5  # words, trn, ctm, lattices, n-best
+    speeds = json.loads((folder / "speed.json").read_text())["systems"]
+    assert speeds["human-only-final"] == speeds["human-only-early"]
 
 
 def test_evaluating_again_gives_the_same_files_and_speeds_are_not_among_them(

@@ -11,10 +11,11 @@ choose nothing. Writes, in evaluate/:
 """
 
 import json
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from teacherstudent.decoding.language_model import UNKNOWN
 from teacherstudent.decoding.lattice import write_lattices
 from teacherstudent.decoding.scoring import count_errors
 from teacherstudent.experiment import Experiment
-from teacherstudent.files import write_json, write_text
+from teacherstudent.files import hash_file, write_json, write_text
 from teacherstudent.progress import HoursBar, hours_bar
 from teacherstudent.training import checkpoint
 from teacherstudent.training.inference import infer
@@ -119,22 +120,28 @@ def evaluate(experiment: Experiment) -> list[Path]:
     if config.decode.lattices:
         outputs.append(experiment.path("evaluate", "lattices", "words.txt"))
         write_text(outputs[-1], "".join(f"{w} {n}\n" for n, w in enumerate(("<eps>", *graph.words))))
-    rows, words, speeds = {}, {}, {}
-    hours = hours_bar(len(systems) * sum(each.seconds for each in (*dev, *test)), "decode")
+    rows, words = {}, {}
+    speeds: dict[str, dict[str, float]] = {}
+    models = [hash_file(system.model) for system in systems]
+    hours = hours_bar(len(set(models)) * sum(each.seconds for each in (*dev, *test)), "decode")
     recogniser = Recogniser(graph, inventory, lexicon, config.decode)
+    decoded: _Decoded | None = None
     with recogniser, hours as bar:
-        for system in systems:
-            decoder = _SystemDecoder(experiment, system, recogniser, bar)
-            choice = _choose_weights(decoder, dev)
-            transcripts, written = decoder.transcribe(choice.weights, test)
-            outputs += written
-            words[system.name] = [transcripts[utterance.id].best.words for utterance in test]
+        for system, model in zip(systems, models, strict=True):
+            if decoded is None or decoded.model != model:
+                decoder = _SystemDecoder(experiment, system, recogniser, bar)
+                choice = _choose_weights(decoder, dev)
+                decoded = _Decoded(system.name, model, *decoder.transcribe(choice.weights, test))
+                if config.decode.speed_seconds:
+                    decoded.speed = speed.measure_system(
+                        experiment, decoder.model, here, inventory.log_priors, choice.weights
+                    )
+            outputs += decoded.outputs_as(system.name)
+            words[system.name] = [decoded.transcripts[utterance.id].best.words for utterance in test]
             scored = score_system(test, words[system.name], config.decode, config.seed)
-            rows[system.name] = _describe(system, decoder, choice) | _count_odd(system, transcripts) | scored
-            if config.decode.speed_seconds:
-                speeds[system.name] = speed.measure_system(
-                    experiment, decoder.model, here, inventory.log_priors, choice.weights
-                )
+            odd = _count_odd(system, decoded.transcripts)
+            rows[system.name] = _describe(system, decoder, choice) | odd | scored
+            speeds |= {system.name: decoded.speed} if decoded.speed else {}
     compared = _compare(experiment, rows, test, words)
     write_json(outputs[0], {"systems": rows} | compared | _count_missing(experiment, dev, test))
     if speeds:
@@ -281,6 +288,27 @@ class _SystemDecoder:
                     counts.add(posteriors, labels[number][name]["senone"])
                 yield name, posteriors
                 self.bar.update(len(posteriors) * FRAME_SHIFT_SECONDS)
+
+
+@dataclass
+class _Decoded:
+    """What a model recognised. Rows that follow one another may be of the same one: it is decoded once, say when an
+    early-stopped student was at its best at its last step.
+    """
+
+    name: str  # the first of them
+    model: str  # its hash
+    transcripts: dict[str, Transcript]
+    outputs: list[Path]
+    speed: dict[str, float] = field(default_factory=dict)
+
+    def outputs_as(self, name: str) -> list[Path]:
+        if name == self.name:
+            return self.outputs
+        copies = [path.with_name(name + path.name.removeprefix(self.name)) for path in self.outputs]
+        for path, copy in zip(self.outputs, copies, strict=True):
+            shutil.copyfile(path, copy)
+        return copies
 
 
 @dataclass(frozen=True)
