@@ -43,7 +43,7 @@ class Claims:
         self.folder, self.lease_seconds = folder, lease_seconds
         self._lock = folder.with_name(
             f"{folder.name}.lock"
-        )  # beside it, since the folder goes with the last worker
+        )  # beside it: the folder goes with the last worker
         self.poll_seconds = min(lease_seconds / _BEATS_PER_LEASE, _MAX_POLL_SECONDS)
         self._token = secrets.token_hex(8)
         self._clock = clock

@@ -6,6 +6,7 @@ without; who cannot do without one says so.
 
 import contextlib
 import fcntl
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,12 +21,15 @@ def lock_file(path: Path, kind: int = fcntl.LOCK_EX) -> contextlib.ExitStack:
         return stack.pop_all()
 
 
-def lock_if_possible(path: Path) -> contextlib.ExitStack:
-    """As lock_file; where there are no locks, without one."""
-    try:
-        return lock_file(path)
-    except OSError:
-        return contextlib.ExitStack()
+def lock_if_possible(path: Path, tell: Callable[[], None] = lambda: None) -> contextlib.ExitStack:
+    """As lock_file; where there are no locks, without one. tell: called when somebody else has it."""
+    with contextlib.suppress(OSError):
+        try:
+            return lock_file(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell()
+            return lock_file(path)
+    return contextlib.ExitStack()
 
 
 def create_locked(path: Path) -> BinaryIO:

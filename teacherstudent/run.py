@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -24,6 +24,7 @@ from teacherstudent.decoding.evaluate import evaluate
 from teacherstudent.distributed import Communicator
 from teacherstudent.experiment import Experiment
 from teacherstudent.files import write_json
+from teacherstudent.locks import lock_if_possible
 from teacherstudent.reporting.report import write_report
 from teacherstudent.synthesis.corpus import make_corpus
 from teacherstudent.training.label import label
@@ -137,11 +138,14 @@ def _run_alone(experiment: Experiment, comm: Communicator, step: Step, function:
 def _run_together(experiment: Experiment, comm: Communicator, step: Step, function: Together) -> None:
     with ExitStack() as alone:  # this launch, unless others may work at the step too
         if comm.rank == 0:
-            alone.enter_context(_recording(experiment, step))
-            if not experiment.is_done(step.record, step.after):
-                experiment.begin(step.record, step.after, step.folders)
-            if step.shared:
-                alone.close()
+            if (
+                not step.shared
+            ):  # by a lock, which goes with its process: who goes on after a kill need not wait
+                path = experiment.path("steps", f".{step.record}.lock")
+                alone.enter_context(lock_if_possible(path, partial(_tell_waiting, step)))
+            with _recording(experiment, step):
+                if not experiment.is_done(step.record, step.after):
+                    experiment.begin(step.record, step.after, step.folders)
         comm.barrier(math.inf)  # rank 0 may have waited for another launch, which has done the step
         if not step.shared and _agree_done(experiment, comm, step):
             return
@@ -151,7 +155,7 @@ def _run_together(experiment: Experiment, comm: Communicator, step: Step, functi
         settings = replace(settings, workers=step.workers or settings.workers)
         outputs = run_workers(comm, settings, work, _worker_bytes(experiment, step))
         if comm.rank == 0:
-            with _recording(experiment, step) if step.shared else nullcontext():
+            with _recording(experiment, step):
                 if not experiment.is_done(step.record, step.after):  # who came first has written it
                     experiment.finish(step.record, outputs)
             _note(experiment, comm, step, started)
@@ -161,12 +165,12 @@ def _run_together(experiment: Experiment, comm: Communicator, step: Step, functi
 @contextmanager
 def _recording(experiment: Experiment, step: Step) -> Iterator[None]:
     """One process at a time, of those that were started separately on this folder, writes a step's record."""
-
-    def tell() -> None:
-        print(f"{step.record}: another process is at it: waiting until it is done", flush=True)
-
-    with experiment.claims() as claims, claims.hold(f"record.{step.record}", tell):
+    with experiment.claims() as claims, claims.hold(f"record.{step.record}", partial(_tell_waiting, step)):
         yield
+
+
+def _tell_waiting(step: Step) -> None:
+    print(f"{step.record}: another process is at it: waiting until it is done", flush=True)
 
 
 def _worker_bytes(experiment: Experiment, step: Step) -> int:

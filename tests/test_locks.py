@@ -43,8 +43,37 @@ def test_threads_with_a_lock_come_one_after_another(tmp_path: Path) -> None:
     assert (tmp_path / "total").read_text() == str(sum(range(200)))
 
 
+def _hold(path: Path, theirs: Connection) -> None:
+    with lock_if_possible(path):
+        theirs.send("held")
+        theirs.recv()
+
+
 def _wait(ours: Connection) -> None:
     ours.recv()
+
+
+def test_who_waits_for_another_is_told_and_who_need_not_is_not(tmp_path: Path) -> None:
+    told: list[str] = []
+    lock_if_possible(tmp_path / "lock", lambda: told.append("first")).close()
+    with lock_file(tmp_path / "lock") as held, ThreadPoolExecutor(1) as pool:
+
+        def tell() -> None:
+            told.append("second")
+            held.close()
+
+        pool.submit(lambda: lock_if_possible(tmp_path / "lock", tell).close()).result(60)
+    assert told == ["second"] and is_free(tmp_path / "lock")
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path / "lock", theirs))
+    child.start()
+    assert ours.recv() == "held" and not is_free(tmp_path / "lock")
+    child.kill()
+    child.join()
+    assert is_free(tmp_path / "lock")
 
 
 def test_a_process_forked_under_a_lock_does_not_keep_it(tmp_path: Path) -> None:
