@@ -18,6 +18,7 @@ def exchange(comm: Communicator, num_elements: int) -> Iterator[object]:
     yield [comm.rank, comm.size]
     before = bytes_transmitted()
     total = comm.all_reduce(torch.full((num_elements,), 1.0 + comm.rank))
+    comm.barrier()  # the other has the sum, too: nothing waits to be sent any more
     yield [float(total[0]), float(total[-1]), bytes_transmitted() - before]
 
 
