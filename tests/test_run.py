@@ -36,6 +36,17 @@ def copy_without(experiment: Path, folder: Path, *steps: str) -> Path:
     return folder
 
 
+def run_side_by_side(number: int, command: list[str]) -> None:
+    """So many processes, which know nothing of each other."""
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(number)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
 def test_run_leaves_a_report_word_error_rates_and_the_hash_of_every_artefact(tiny_experiment: Path) -> None:
     assert (tiny_experiment / "report.html").stat().st_size > 10_000
     systems = json.loads((tiny_experiment / "evaluate" / "results.json").read_text())["systems"]
@@ -134,13 +145,7 @@ def test_processes_that_are_started_one_by_one_label_together_and_the_record_is_
     folder = copy_without(tiny_experiment, tmp_path / "together", "label")
     shutil.rmtree(folder / "targets")
     command = [sys.executable, "-m", "teacherstudent", "label", str(TINY), f"folder={folder}"]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(3)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_side_by_side(3, command)
     assert hashes(folder) == hashes(tiny_experiment)
     assert {path.name for path in (folder / "targets").iterdir()} == {
         path.name for path in (tiny_experiment / "targets").iterdir()
@@ -152,13 +157,7 @@ def test_of_two_that_train_the_same_at_the_same_time_one_does_and_the_other_wait
 ) -> None:
     folder = copy_without(tiny_experiment, tmp_path / "twice", "teacher")
     command = [sys.executable, "-m", "teacherstudent", "teacher", str(TINY), f"folder={folder}"]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_side_by_side(2, command)
     assert hashes(folder) == hashes(tiny_experiment)
     started = [json.loads(line) for line in (folder / "log" / "steps.jsonl").read_text().splitlines()]
     before = (tiny_experiment / "log" / "steps.jsonl").read_text().count('"teacher"')
