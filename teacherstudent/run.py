@@ -138,9 +138,8 @@ def _run_alone(experiment: Experiment, comm: Communicator, step: Step, function:
 def _run_together(experiment: Experiment, comm: Communicator, step: Step, function: Together) -> None:
     with ExitStack() as alone:  # this launch, unless others may work at the step too
         if comm.rank == 0:
-            if (
-                not step.shared
-            ):  # by a lock, which goes with its process: who goes on after a kill need not wait
+            if not step.shared:
+                # A lock goes with its process: who goes on after a kill need not wait, as for a claim.
                 path = experiment.path("steps", f".{step.record}.lock")
                 alone.enter_context(lock_if_possible(path, partial(_tell_waiting, step)))
             with _recording(experiment, step):

@@ -193,7 +193,7 @@ class _Cache:
         return partial
 
     def _reserve(self, path: Path, num_bytes: int) -> Path:
-        """Take the room of a file before it is there, so that all downloads together keep to the limit."""
+        """Take the room of a file before it is there, so that others who make room count it."""
         if num_bytes > self._max_bytes:
             what = f"the cache may hold {self._max_bytes} bytes, {path.name} has {num_bytes}"
             raise ValueError(f"{self._url}: {what}: raise cache_bytes")
@@ -226,9 +226,9 @@ class _Cache:
         try:
             return lock_file(self._folder / name, kind)
         except OSError as error:
-            what = f"{self._folder} is on a file system without locks ({error.strerror})"
             raise ValueError(
-                f"{what}: keep the cache on a local disk (cache_folder, or XDG_CACHE_HOME)"
+                f"{self._folder / name} cannot be locked ({error.strerror}): keep the cache on a local disk where you "
+                "may write (cache_folder, or XDG_CACHE_HOME)"
             ) from error
 
 
